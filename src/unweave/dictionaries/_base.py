@@ -1,0 +1,197 @@
+"""What every dictionary is: encode, decode, loss, a frozen config, save and load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from unweave.codes import SparseCode
+from unweave.config import Config
+from unweave.errors import UnweaveError
+from unweave.files import read_json, read_tensors, write_json, write_tensors
+
+_FORMAT = "unweave.dictionary/1"
+
+
+class DictionaryConfig(Config):
+    """The fields every architecture has.
+
+    ``d_in`` and ``d_out`` are derived from the data when a dictionary is trained; nobody has to give them.
+    """
+
+    d_in: PositiveInt
+    d_out: PositiveInt
+    n_features: PositiveInt
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What a loss may look at.
+
+    Attributes:
+        input: ``(n, d_in)``. target: ``(n, d_out)``.
+        dead: ``(n_features,)`` boolean, the features that have not fired for a while; None where nobody counts.
+        progress: from 0 at the first step to 1 at the last.
+    """
+
+    input: Tensor
+    target: Tensor
+    dead: Tensor | None = None
+    progress: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss returns: ``total`` to differentiate, its ``terms`` for the log, and the code it was made with."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    code: SparseCode | None = None
+    reconstruction: Tensor | None = None
+
+
+class Dictionary(nn.Module):
+    """A sparse dictionary: ``encode`` rows into a :class:`SparseCode`, ``decode`` them back.
+
+    A new architecture is one file: a subclass with ``name``, a ``Config``, ``encode``, ``decode``, ``loss`` and
+    ``decoder_directions``, registered with :func:`unweave.dictionaries.register`. Everything else (the hooks below)
+    has a sensible default. The trainer knows only this interface.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[DictionaryConfig]]
+    citation: ClassVar[str] = ""
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    linear_decoder: ClassVar[bool] = True
+
+    def __init__(self, config: DictionaryConfig) -> None:
+        super().__init__()
+        self.config: Any = config
+
+    # ---- the contract -----------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """Codes of ``(n, d_in)`` rows. In eval mode a row's code does not depend on the other rows."""
+        raise NotImplementedError
+
+    def decode(self, code: SparseCode) -> Tensor:
+        """Reconstructions ``(n, d_out)``."""
+        raise NotImplementedError
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        """The training loss, summed over d and averaged over rows."""
+        raise NotImplementedError
+
+    def decoder_directions(self) -> Tensor:
+        """``(n_features, d_out)``, what each feature writes (for a non-linear decoder, its linear view)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+    # ---- hooks of the trainer ---------------------------------------------------------------------------------
+
+    def default_lr(self) -> float:
+        """The learning rate when the user names none."""
+        return 2e-4 / (self.n_features / 2**14) ** 0.5
+
+    def initialise(self, sample: Tensor, target: Tensor) -> None:
+        """Set what depends on data (biases, thresholds) from ``(n, d)`` sample rows, before the first step."""
+
+    def before_step(self) -> None:
+        """After the gradients, before the optimiser: project gradients."""
+
+    def after_step(self, loss: Loss, progress: float) -> None:
+        """After the optimiser: renormalise, retract, update thresholds."""
+
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        """Turn a dictionary trained on ``scale * x`` (and ``out_scale * target``) into one for ``x`` itself.
+
+        Codes and outputs come out in the units of the target. ``out_scale`` is ``scale`` when left out.
+        """
+        raise NotImplementedError
+
+    # ---- facts ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_features(self) -> int:
+        return self.config.n_features
+
+    @property
+    def d_in(self) -> int:
+        return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.config.d_out
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def check_input(self, x: Tensor) -> Tensor:
+        """``x`` in the dictionary's dtype, refused if its width is wrong or it holds NaN or infinity."""
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise UnweaveError(
+                f"{self.name}: expected rows of width {self.d_in} (shape (n, {self.d_in})), found shape "
+                f"{tuple(x.shape)}. Was this dictionary trained on another site or model?"
+            )
+        parameter = next(self.parameters())
+        x = x.to(parameter.device, parameter.dtype)
+        if not bool(torch.isfinite(x.sum())):  # a sum is one pass; look closer only when it overflows
+            bad = ~torch.isfinite(x).all(dim=1)
+            if bool(bad.any()):
+                raise UnweaveError(
+                    f"{self.name}: {int(bad.sum())} of {len(x)} rows hold NaN or infinity (first: row "
+                    f"{int(bad.nonzero()[0])}). Drop them, or look for an overflow in the model's dtype."
+                )
+        return x
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items())
+
+    # ---- files ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``dictionary.safetensors`` into a folder."""
+        folder = Path(folder)
+        write_tensors(folder / "dictionary.safetensors", dict(self.state_dict()))
+        write_json(folder / "config.json", {"format": _FORMAT, "arch": self.name, **self.config.to_dict()})
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> Self:
+        """Read a dictionary that ``save`` wrote, of whichever architecture its config names.
+
+        Raises:
+            UnweaveError: when files are missing, cut short, of another format, or do not fit the config.
+        """
+        from unweave.dictionaries.registry import get
+
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UnweaveError(f"no dictionary in {folder}: expected config.json and dictionary.safetensors")
+        values = read_json(folder / "config.json")
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise UnweaveError(f"{folder / 'config.json'} is not of format {_FORMAT!r}")
+        kind = get(str(values.pop("arch", "")))
+        if not issubclass(kind, cls):
+            raise UnweaveError(f"{folder} holds a {kind.name!r} dictionary, expected {cls.name!r}")
+        dictionary = kind(kind.Config.from_dict(values))
+        tensors = read_tensors(folder / "dictionary.safetensors", device)
+        expected = {name: tuple(t.shape) for name, t in dictionary.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if expected != found:
+            wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise UnweaveError(
+                f"{folder}: weights do not fit the config: "
+                + "; ".join(
+                    f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in wrong
+                )
+            )
+        dictionary.load_state_dict(tensors)
+        return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]

@@ -1,0 +1,65 @@
+"""BatchTopK: k features a row on average, chosen over the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unweave.dictionaries._base import Loss
+from unweave.dictionaries.registry import register
+from unweave.dictionaries.topk import TopK, TopKConfig
+from unweave.kernels.pattern import Pattern
+from unweave.kernels.select.reference import select_above, select_batch_topk, select_topk
+
+
+class BatchTopKConfig(TopKConfig):
+    """
+    Attributes:
+        threshold_rate: how fast the inference threshold follows the batch threshold (1 - beta of its moving average).
+    """
+
+    threshold_rate: float = Field(0.01, gt=0, le=1)
+
+
+@register("batch_topk")
+class BatchTopK(TopK):
+    """Training keeps the ``k n`` largest of ``ReLU(u)`` in a batch of ``n``; inference keeps ``u > threshold``.
+
+    The threshold is a moving average of the smallest value kept in training, so in eval mode a row's code does not
+    depend on its neighbours. Before any training step, eval mode falls back to TopK by row.
+    """
+
+    Config = BatchTopKConfig
+    citation = "Bussmann, Leask, Nanda 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
+
+    threshold: Tensor
+
+    def __init__(self, config: BatchTopKConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("threshold", torch.tensor(-1.0))
+
+    def select(self, scores: Tensor) -> Pattern:
+        if self.training:
+            return select_batch_topk(scores, self.config.k)
+        if float(self.threshold) < 0:
+            return select_topk(scores, self.config.k)
+        return select_above(scores, self.threshold)
+
+    @torch.no_grad()
+    def after_step(self, loss: Loss, progress: float) -> None:
+        super().after_step(loss, progress)
+        assert loss.code is not None
+        if loss.code.nnz == 0:
+            return
+        smallest = loss.code.values.min()
+        if float(self.threshold) < 0:
+            self.threshold.copy_(smallest)
+        else:
+            self.threshold.lerp_(smallest.to(self.threshold.dtype), self.config.threshold_rate)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        super().fold_scale(scale, out_scale)
+        if float(self.threshold) >= 0:
+            self.threshold.div_(scale if out_scale is None else out_scale)

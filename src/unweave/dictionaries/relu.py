@@ -1,0 +1,91 @@
+"""ReLU with an L1 penalty: the plain sparse autoencoder, in its two standard recipes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._linear import LinearConfig, LinearDictionary
+from unweave.dictionaries.registry import register
+from unweave.kernels.gradients.reference import sum_by_feature
+from unweave.kernels.pattern import Pattern
+from unweave.kernels.select.reference import select_above
+
+
+class ReLUConfig(LinearConfig):
+    """
+    Attributes:
+        variant: "april" leaves the decoder norms free and weighs the penalty with them (Anthropic, April 2024);
+            "standard" keeps unit-norm atoms and subtracts the decoder bias (Bricken et al. 2023).
+        l1_coefficient: for inputs scaled to E||x||^2 = 1. None: 5 / sqrt(d_in) for april (5 at E||x|| = sqrt(d)),
+            0.04 for standard.
+        l1_warmup: share of training over which the penalty rises from 0.
+    """
+
+    variant: Literal["april", "standard"] = "april"
+    subtract_bias: bool = False
+    l1_coefficient: PositiveFloat | None = None
+    l1_warmup: float = Field(0.05, ge=0, le=1)
+
+
+@register("relu")
+class ReLU(LinearDictionary):
+    """``z = ReLU(u)``, loss ``||x - x_hat||^2 + lambda sum_i z_i ||d_i||``."""
+
+    Config = ReLUConfig
+    citation = "Bricken et al. 2023, Towards monosemanticity; Anthropic, circuits updates April 2024"
+
+    def __init__(self, config: ReLUConfig) -> None:
+        super().__init__(config)
+        if config.variant == "april":
+            with torch.no_grad():
+                self.W_dec.mul_(0.1)
+                self.W_enc.mul_(0.1)
+
+    def default_lr(self) -> float:
+        return 3e-4
+
+    def select(self, scores: Tensor) -> Pattern:
+        return select_above(scores, 0.0)
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        code = self.encode(batch.input)
+        reconstruction = self.decode(code)
+        mse = (batch.target - reconstruction).square().sum(1).mean()
+        l1 = (sum_by_feature(code.pattern, code.values) * self.W_dec.norm(dim=1)).sum() / max(1, len(code))
+        total = mse + self._coefficient(batch.progress) * l1
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, code.detach(), reconstruction.detach())
+
+    def _coefficient(self, progress: float) -> float:
+        config = self.config
+        default = 5 / self.d_in**0.5 if config.variant == "april" else 0.04
+        full = default if config.l1_coefficient is None else config.l1_coefficient
+        return full * min(1.0, progress / config.l1_warmup) if config.l1_warmup else full
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        if self.config.variant == "standard":
+            super().before_step()
+
+    @torch.no_grad()
+    def after_step(self, loss: object, progress: float) -> None:
+        if self.config.variant == "standard":
+            super().after_step(loss, progress)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        super().fold_scale(scale, out_scale)
+        self.fold_decoder_norms()
+
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Give every atom unit norm and let the codes carry the size; outputs do not change."""
+        norms = self.W_dec.norm(dim=1).clamp_min(1e-12)
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
+        self.W_enc.mul_(norms[:, None])
+        self.b_enc.mul_(norms)

@@ -1,0 +1,63 @@
+"""TopK: exactly k features a row."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from unweave.dictionaries._auxk import auxk_loss
+from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._linear import LinearConfig, LinearDictionary, scale_to_unit_gain
+from unweave.dictionaries.registry import register
+from unweave.kernels.pattern import Pattern
+from unweave.kernels.select.reference import select_topk
+
+
+class TopKConfig(LinearConfig):
+    """
+    Attributes:
+        k: features per row.
+        auxk_coefficient: weight of the AuxK loss; inputs are scaled to E||x||^2 = 1, so it needs no other unit.
+        k_aux: dead features per row in that loss; half of d_in when None.
+    """
+
+    k: PositiveInt = 32
+    auxk_coefficient: float = Field(1 / 32, ge=0)
+    k_aux: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> TopKConfig:
+        if self.k > self.n_features:
+            raise ValueError(f"k must be at most n_features = {self.n_features}")
+        return self
+
+
+@register("topk")
+class TopK(LinearDictionary):
+    """``z = ReLU(TopK_k(u))``, unit-norm atoms, loss ``||x - x_hat||^2 + AuxK / 32``."""
+
+    Config = TopKConfig
+    citation = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093"
+
+    def select(self, scores: Tensor) -> Pattern:
+        return select_topk(scores, self.config.k)
+
+    def activate(self, values: Tensor, pattern: Pattern) -> Tensor:
+        return F.relu(values)
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        code = self.encode(batch.input)
+        reconstruction = self.decode(code)
+        residual = batch.target - reconstruction
+        mse = residual.square().sum(1).mean()
+        k_aux = self.config.k_aux or max(1, self.d_in // 2)
+        auxk = auxk_loss(self, batch.input, residual, batch.dead, k_aux)
+        total = mse + self.config.auxk_coefficient * auxk
+        return Loss(total, {"mse": mse.detach(), "auxk": auxk.detach()}, code.detach(), reconstruction.detach())
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor) -> None:
+        super().initialise(sample, target)
+        scale_to_unit_gain(self, sample)

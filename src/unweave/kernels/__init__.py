@@ -1,0 +1,1 @@
+"""The hot operations. Each folder holds one operation; ``reference.py`` is its plain PyTorch truth."""

@@ -1,0 +1,1 @@
+"""From rows to columns: the entries of a code, sorted by feature."""

@@ -1,0 +1,23 @@
+"""Sort the entries of a CSR pattern by feature, keeping row order within a feature (so it is deterministic)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Columns(NamedTuple):
+    """The entries by feature: feature ``f`` owns ``order[starts[f]:starts[f + 1]]``."""
+
+    starts: Tensor  # (n_features + 1,) int64
+    rows: Tensor  # (nnz,) int64, the row of each entry in column order
+    order: Tensor  # (nnz,) int64, entry numbers in column order
+
+
+def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
+    order = torch.argsort(indices, stable=True)
+    starts = torch.zeros(n_features + 1, dtype=torch.long, device=indices.device)
+    starts[1:] = torch.bincount(indices, minlength=n_features).cumsum(0)
+    return Columns(starts, rows[order], order)

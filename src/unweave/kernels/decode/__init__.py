@@ -1,0 +1,1 @@
+"""Decoding: sums of atoms, weighted by the values of a code."""

@@ -1,0 +1,1 @@
+"""Closed-form gradients of sparse encode and decode."""

@@ -1,0 +1,1 @@
+"""Selection: which pre-activations become entries of the code."""

@@ -1,0 +1,50 @@
+"""Exact selection rules on a dense ``(n, n_features)`` matrix of scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unweave.kernels.pattern import Pattern
+
+
+def select_topk(scores: Tensor, k: int) -> Pattern:
+    """The ``k`` largest scores of each row, in no particular order."""
+    n, n_features = scores.shape
+    indices = scores.topk(min(k, n_features), dim=1, sorted=False).indices
+    offsets = torch.arange(n + 1, device=scores.device) * indices.shape[1]
+    return Pattern(offsets, indices.reshape(-1).int(), n_features)
+
+
+def select_batch_topk(scores: Tensor, k: int) -> Pattern:
+    """The ``n * k`` largest positive scores of the whole batch; rows get as many as they earn.
+
+    Sorting all scores would cost more than the encoder, so a sample of rows guesses a bound that lets through
+    somewhat more than enough; if it let through too few, all scores are taken. The result is exact either way.
+    """
+    n, n_features = scores.shape
+    flat, n_keep = scores.reshape(-1), min(n * k, scores.numel())
+    sample = scores[:: max(1, n // 32)].reshape(-1)
+    n_sample = min(int(1.5 * n_keep * len(sample) / max(1, len(flat))) + 1, len(sample))
+    if n_sample == 0:
+        return _pattern_of_flat(flat.new_zeros(0, dtype=torch.long), n, n_features)
+    bound = sample.topk(n_sample, sorted=False).values.min()
+    entry = (flat >= bound).nonzero().squeeze(1)
+    if len(entry) < n_keep:
+        entry = torch.arange(len(flat), device=scores.device)
+    best = flat[entry].topk(n_keep, sorted=False)
+    return _pattern_of_flat(entry[best.indices[best.values > 0]].sort().values, n, n_features)
+
+
+def select_above(scores: Tensor, threshold: Tensor | float) -> Pattern:
+    """Every score above its threshold (a number or one per feature)."""
+    n, n_features = scores.shape
+    entry = (scores > threshold).reshape(-1).nonzero().squeeze(1)
+    return _pattern_of_flat(entry, n, n_features)
+
+
+def _pattern_of_flat(entry: Tensor, n: int, n_features: int) -> Pattern:
+    rows = torch.div(entry, n_features, rounding_mode="floor")
+    offsets = torch.zeros(n + 1, dtype=torch.long, device=entry.device)
+    offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
+    return Pattern(offsets, (entry - rows * n_features).int(), n_features)

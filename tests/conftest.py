@@ -1,0 +1,84 @@
+"""Fixtures several rooms share: a tiny language model with a real tokenizer, and a few hundred short documents."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SUBJECTS = [
+    "the cat",
+    "a sailor",
+    "my aunt",
+    "the old king",
+    "one engineer",
+    "the small robot",
+    "our teacher",
+]
+VERBS = ["sees", "paints", "forgets", "buys", "repairs", "sings about", "dreams of"]
+OBJECTS = ["a red house", "the river", "two green apples", "the café", "an engine", "three letters", "snow ❄"]
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """300 short documents made of a small grammar, with accents, an emoji and unequal lengths."""
+    rng = random.Random(0)
+    made = []
+    for _ in range(300):
+        sentences = [
+            f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)}." for _ in range(rng.randint(1, 12))
+        ]
+        made.append(" ".join(sentences))
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpus(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same documents as a ``.jsonl`` file with a ``text`` field."""
+    import json
+
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 4-layer Llama (d 32) and a byte-level BPE tokenizer, as transformers saves them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
