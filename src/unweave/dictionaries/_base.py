@@ -94,6 +94,20 @@ class Dictionary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
 
+    @classmethod
+    def sparsity_option(cls, l0: float) -> dict[str, Any]:
+        """The option that asks this architecture for about ``l0`` firing features a row: k, or a target.
+
+        Raises:
+            UnweaveError: when it has none (its sparsity follows from a penalty).
+        """
+        fields = cls.Config.model_fields
+        if "k" in fields:
+            return {"k": int(l0) if float(l0).is_integer() else l0}
+        if "target_l0" in fields:
+            return {"target_l0": l0}
+        raise UnweaveError(f"{cls.name} takes no k: its sparsity follows from its penalty, see `unweave archs`")
+
     # ---- hooks of the trainer ---------------------------------------------------------------------------------
 
     def default_lr(self) -> float:

@@ -1,0 +1,53 @@
+"""Lines for the user, and the options several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, as `unweave train` or `unweave demo` writes it.")]
+
+
+def say(line: str) -> None:
+    """A line about progress, on the error stream so that results can be piped."""
+    typer.echo(line, err=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """A table or text of results, on the output stream."""
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def count(text: str) -> int:
+    """``500k``, ``1.5M`` or ``500000`` as a number."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+    cleaned = text.strip().lower().replace("_", "").replace(",", "")
+    unit = units.get(cleaned[-1:], 1.0)
+    try:
+        number = float(cleaned.rstrip("kmbg")) * unit
+    except ValueError:
+        raise typer.BadParameter(f"expected a number such as 500k or 2M, found {text!r}") from None
+    if number < 1:
+        raise typer.BadParameter(f"expected at least 1, found {text!r}")
+    return round(number)
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Only what the user named, in groups: ``given(source__site="layers.3")`` is ``{"source": {"site": ...}}``."""
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        if value is None:
+            continue
+        *groups, key = path.split("__")
+        node = nested
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[key] = value
+    return nested

@@ -1,0 +1,28 @@
+"""``unweave eval``"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from unweave.cli._say import RunFolder, count, say, show
+
+
+def evaluate(
+    folder: RunFolder,
+    tokens: Annotated[str | None, typer.Option(help="Held-out activations to measure on, such as 100k.")] = None,
+    loss_tokens: Annotated[str | None, typer.Option(help="Tokens for the metrics that run the whole model.")] = None,
+) -> None:
+    """Measure a run's dictionary on held-out text and print the table, baselines beside."""
+    from unweave.runs.recipe import EvaluationRecipe, Recipe
+    from unweave.workflows import Pipeline
+
+    recipe = Recipe.read(folder / "recipe.yaml", {}, [])
+    pipeline = Pipeline(recipe, folder, say)
+    settings = recipe.evaluation or EvaluationRecipe()
+    if tokens:
+        settings = settings.replace(tokens=count(tokens))
+    if loss_tokens:
+        settings = settings.replace(loss_tokens=count(loss_tokens))
+    show(pipeline.evaluate(settings, force=bool(tokens or loss_tokens)).table())

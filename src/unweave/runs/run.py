@@ -1,0 +1,243 @@
+"""A run folder, read: ``run = unweave.load("run/")``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unweave.codes import SparseCode
+from unweave.config import read_yaml
+from unweave.errors import UnweaveError
+from unweave.files import read_json
+
+if TYPE_CHECKING:
+    from unweave.dictionaries import Dictionary
+    from unweave.features import FeatureStore
+    from unweave.runs.recipe import Recipe
+    from unweave.sources import LanguageModel
+
+
+def load(folder: str | Path, *, model: str | None = None, force: bool = False) -> Run:
+    """Open a run folder. Nothing heavy is read until it is asked for.
+
+    Args:
+        folder: what ``unweave train`` or ``unweave demo`` wrote.
+        model: where the model is now, if not where it was when the run was made.
+        force: go on although that model is not the one the dictionary was trained on.
+
+    Raises:
+        UnweaveError: when the folder holds no run.
+    """
+    return Run(folder, model=model, force=force)
+
+
+@dataclass(frozen=True)
+class TextCode:
+    """A text, token by token, and its code.
+
+    Attributes:
+        tokens: the tokens' texts; joined they are the text.
+        code: one row per token.
+    """
+
+    tokens: list[str]
+    code: SparseCode
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.tokens, self.code))  # tokens, code = run.encode(text)
+
+    def top(self, n: int = 10) -> list[tuple[int, float]]:
+        """The ``n`` features with the highest peak in the text, as ``(feature, peak)``."""
+        return self.code.top(n)
+
+    def values(self, feature: int) -> list[float]:
+        """The value of one feature on every token."""
+        return self.code.feature(feature).tolist()
+
+    def __repr__(self) -> str:
+        lines = [f"TextCode({len(self)} tokens, {self.code.n_features:,} features)"]
+        for feature, peak in self.top(8):
+            values = self.values(feature)
+            at = max(range(len(values)), key=lambda i: abs(values[i]))
+            lines.append(f"  {feature:>7}  {peak:8.2f}  at {self.tokens[at]!r}")
+        return "\n".join(lines)
+
+
+class Run:
+    """A trained dictionary with all that is known of it.
+
+    ``encode`` gives the code of a text, ``features`` the feature store, ``evaluation`` the measurements.
+    """
+
+    def __init__(self, folder: str | Path, *, model: str | None = None, force: bool = False) -> None:
+        self.folder = Path(folder)
+        self._model_name, self._force = model, force
+        if not self.folder.is_dir():
+            raise UnweaveError(f"no folder {self.folder}: give the folder that `unweave train` or `unweave demo` wrote")
+        if not (self.folder / "dictionary" / "config.json").is_file():
+            begun = (self.folder / "recipe.yaml").is_file()
+            raise UnweaveError(
+                f"{self.folder} was begun but holds no dictionary yet; run the same command again to finish it"
+                if begun
+                else f"{self.folder} is not a run: it has no dictionary/. `unweave inspect {self.folder}` may know it"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe, as written; empty for a dictionary trained on plain vectors."""
+        path = self.folder / "recipe.yaml"
+        return read_yaml(path) if path.is_file() else {}
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        path = self.folder / "provenance.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What ``evaluation.json`` says, or None."""
+        path = self.folder / "evaluation.json"
+        return read_json(path) if path.is_file() else None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the training log."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        with open(path, encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        from unweave.dictionaries import Dictionary
+
+        return Dictionary.load(self.folder / "dictionary")
+
+    @cached_property
+    def features(self) -> FeatureStore | None:
+        """The feature store, or None before ``unweave index``."""
+        from unweave.features import FeatureStore
+
+        folder = self.folder / "features"
+        return FeatureStore.open(folder) if folder.is_dir() else None
+
+    # ---- the model --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _parsed_recipe(self) -> Recipe:
+        from unweave.runs.recipe import Recipe
+
+        if not self.recipe:
+            raise UnweaveError(f"{self.folder} was trained on plain vectors: it has no model to run a text through")
+        recipe = Recipe.from_dict(self.recipe)
+        if self._model_name:
+            recipe = recipe.replace(model=recipe.model.replace(name=self._model_name, revision=None))
+        return recipe
+
+    @property
+    def has_model(self) -> bool:
+        return bool(self.recipe)
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The language model, loaded on first use.
+
+        Raises:
+            UnweaveError: when it is not the model the dictionary was trained on, unless ``force`` was given.
+        """
+        from unweave.runs.opening import open_model
+
+        model = open_model(self._parsed_recipe)
+        if not self._force:
+            self._check_model(model)
+        return model
+
+    def _check_model(self, model: LanguageModel) -> None:
+        trained_on = self.provenance.get("source", {}).get("model", {})
+        found = model.provenance
+        for key in ("sha256", "revision", "d_model", "n_layers"):
+            if key in trained_on and key in found and trained_on[key] != found[key]:
+                raise UnweaveError(
+                    f"{self.folder} was trained on {trained_on.get('name')} ({key} {trained_on[key]}), but "
+                    f"{found.get('name')} has {key} {found[key]}. Give the right model, or force=True (--force)."
+                )
+
+    def encode(self, text: str) -> TextCode:
+        """Run a text through the model and the dictionary.
+
+        The text is cut into contexts as the training text was; BOS is prepended and dropped again likewise.
+
+        Returns:
+            TextCode: one row of code per token of the text.
+
+        Raises:
+            UnweaveError: for an empty text, or a run without a model.
+        """
+        from unweave.features import decode_tokens
+
+        if not text.strip():
+            raise UnweaveError("the text is empty: give at least one word to encode")
+        tokens, rows = self._rows(text)
+        with torch.inference_mode():
+            code = self.dictionary.encode(rows.float())
+        vocabulary = self.model.token_bytes()
+        return TextCode(decode_tokens([vocabulary[int(token)] for token in tokens]), code)
+
+    def _rows(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens ``(t,)`` of a text and their activations ``(t, d)``, made the way the training rows were.
+
+        Only the filters are off (special and high-norm tokens get a row too), so that every token has a code.
+        """
+        from unweave.sources import TextSource
+
+        recipe = self._parsed_recipe.source
+        source = TextSource(
+            self.model,
+            [text],
+            recipe.site,
+            context_size=recipe.context_size,
+            batch_tokens=recipe.batch_tokens,
+            bos=recipe.bos,
+            keep_special=True,
+            max_norm_ratio=None,
+            split="all",
+            min_tokens=1,
+        )
+        tokens, rows, positions = [], [], []
+        for batch in source.batches():
+            keep = torch.ones(batch.n_rows, dtype=torch.bool)
+            if source.plan.prefix:
+                keep[batch.items.offsets[:-1]] = False
+            tokens.append(batch.meta.token[keep])
+            rows.append(batch.input[keep])
+            positions.append(batch.meta.position[keep])
+        order = torch.cat(positions).argsort()
+        return torch.cat(tokens)[order], torch.cat(rows)[order]
+
+    # ---- shown ------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        dictionary = self.dictionary
+        lines = [f"Run {self.folder}: {dictionary.name}, {dictionary.d_in} -> {dictionary.n_features:,} features"]
+        if self.recipe:
+            lines.append(f"  model {self.recipe['model']['name']}, site {self.recipe['source']['site']}")
+        metrics = (self.evaluation or {}).get("metrics", {})
+        shown = [f"{name} {entry['value']:.4g}" for name, entry in metrics.items() if entry.get("value") is not None]
+        if shown:
+            lines.append("  " + ", ".join(shown[:6]))
+        lines.append(f"  features: {'indexed' if self.features is not None else 'not indexed yet (unweave index)'}")
+        return "\n".join(lines)

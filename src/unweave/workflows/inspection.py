@@ -1,0 +1,99 @@
+"""What a folder or model is, in a few rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unweave.errors import UnweaveError
+from unweave.files import read_json
+
+Rows = list[tuple[str, str]]
+
+
+def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
+    """A title and rows of name and value for a run, dictionary, store or model.
+
+    Raises:
+        UnweaveError: when it is none of these, or ``verify`` finds damage.
+    """
+    if not isinstance(thing, Path):
+        return _model(thing)
+    kind = _format(thing)
+    if (thing / "dictionary" / "config.json").is_file():
+        return _run(thing)
+    if kind.startswith("unweave.dictionary"):
+        return _dictionary(thing)
+    if kind.startswith("unweave.activations"):
+        return _activations(thing, verify)
+    if kind.startswith("unweave.features"):
+        return _features(thing)
+    if (thing / "config.json").is_file() or thing.suffix == ".gguf" or any(thing.glob("*.gguf")):
+        return _model(str(thing))
+    raise UnweaveError(f"{thing} is neither a run, a dictionary, a store nor a model folder")
+
+
+def _format(folder: Path) -> str:
+    for name in ("manifest.json", "config.json"):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            return str(values.get("format", "")) if isinstance(values, dict) else ""
+    return ""
+
+
+def _run(folder: Path) -> tuple[str, Rows]:
+    from unweave.runs import load
+
+    run = load(folder)
+    _, rows = _dictionary(folder / "dictionary")
+    if run.recipe:
+        rows += [
+            ("model", run.recipe["model"]["name"]),
+            ("site", run.recipe["source"]["site"]),
+            ("text", run.recipe["data"]["documents"]),
+        ]
+    for name, entry in (run.evaluation or {}).get("metrics", {}).items():
+        if entry.get("value") is not None:
+            rows.append((name, f"{entry['value']:.4g}  [{entry['low']:.4g}, {entry['high']:.4g}]"))
+    rows.append(("features", repr(run.features) if run.features is not None else "not indexed"))
+    for stage, facts in run.provenance.get("stages", {}).items():
+        rows.append((f"{stage} took", f"{facts['seconds']:.0f} s"))
+    return f"run {folder}", rows
+
+
+def _dictionary(folder: Path) -> tuple[str, Rows]:
+    from unweave.dictionaries import Dictionary
+
+    dictionary = Dictionary.load(folder)
+    n_parameters = sum(p.numel() for p in dictionary.parameters())
+    rows = [("architecture", dictionary.name)]
+    rows += [(name, str(value)) for name, value in dictionary.config.to_dict().items()]
+    return f"dictionary {folder}", [*rows, ("parameters", f"{n_parameters:,}")]
+
+
+def _activations(folder: Path, verify: bool) -> tuple[str, Rows]:
+    from unweave.activations import ActivationStore
+
+    store = ActivationStore.open(folder)
+    rows = store.describe()
+    if verify:
+        store.verify()
+        rows = [*rows, ("hashes", "every shard verified")]
+    return f"activation store {folder}", rows
+
+
+def _features(folder: Path) -> tuple[str, Rows]:
+    from unweave.features import FeatureStore
+
+    store = FeatureStore.open(folder)
+    return f"feature store {folder}", [
+        ("store", repr(store)),
+        *((k, str(v)) for k, v in store.manifest["counts"].items()),
+    ]
+
+
+def _model(name: str) -> tuple[str, Rows]:
+    from unweave.sources import LanguageModel
+
+    model = LanguageModel.load(name)
+    facts = [("layers", str(model.n_layers)), ("width", str(model.d_model)), ("dtype", str(model.dtype))]
+    return f"model {name}", [*facts, *((site, model.site(site).describe()) for site in model.sites())]

@@ -1,0 +1,253 @@
+"""From a recipe to a run folder: harvest, train, evaluate, index. Every stage picks up where it was left."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unweave.batch import ActivationBatch
+from unweave.config import read_yaml
+from unweave.errors import UnweaveError
+from unweave.files import read_json
+from unweave.runs.opening import open_documents, open_model, open_source
+from unweave.runs.provenance import environment, now, update_provenance
+from unweave.runs.recipe import EvaluationRecipe, IndexRecipe, Recipe
+
+if TYPE_CHECKING:
+    from unweave.activations import ActivationStore
+    from unweave.dictionaries import Dictionary
+    from unweave.evaluation import Evaluation
+    from unweave.features import FeatureStore
+    from unweave.sources import Documents, LanguageModel, TextSource
+
+Say = Callable[[str], None]
+
+
+class Pipeline:
+    """One run folder in the making. ``say`` gets a line for the user at every turn.
+
+    A finished stage is read back, not repeated; a killed one continues from its last shard or checkpoint and ends
+    bit for bit (on a CPU) as if it had never been interrupted.
+    """
+
+    def __init__(self, recipe: Recipe, folder: str | Path, say: Say = print) -> None:
+        self.recipe, self.folder, self.say = recipe, Path(folder), say
+        self._write_recipe()
+        update_provenance(self.folder, **environment())
+
+    def _write_recipe(self) -> None:
+        path = self.folder / "recipe.yaml"
+        if not path.is_file():
+            self.recipe.to_yaml(path)
+            return
+        there = Recipe.from_dict(read_yaml(path))
+        changes = list(_differences(there.to_dict(), self.recipe.to_dict()))
+        if changes:
+            name, old, new = changes[0]
+            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+            raise UnweaveError(
+                f"{self.folder} was begun with another recipe: {name} is {old!r} there and {new!r} now{more}. "
+                "Choose another folder with --out, or repeat the old settings to continue."
+            )
+
+    # ---- what the stages share --------------------------------------------------------------------------------
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        self.say(f"loading the model {self.recipe.model.name}")
+        return open_model(self.recipe)
+
+    @cached_property
+    def documents(self) -> Documents:
+        documents = open_documents(self.recipe)
+        self.say(f"text: {documents.describe()}")
+        return documents
+
+    @cached_property
+    def source(self) -> TextSource:
+        return open_source(self.recipe, self.model, self.documents)
+
+    @cached_property
+    def store(self) -> ActivationStore | None:
+        """The activations on disk, if this run uses any."""
+        from unweave.activations import ActivationStore
+
+        if self.recipe.store:
+            return ActivationStore.open(self.recipe.store)
+        return None if self.recipe.source.stream else self._harvest()
+
+    def _timed(self, stage: str, started: float, **facts: Any) -> None:
+        seconds = round(time.monotonic() - started, 2)
+        update_provenance(self.folder, stages={stage: {"seconds": seconds, "finished": now(), **facts}})
+
+    # ---- the stages -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All stages of the recipe."""
+        self.train()
+        if self.recipe.evaluation:
+            self.evaluate()
+        if self.recipe.index:
+            self.index()
+
+    def _harvest(self) -> ActivationStore:
+        from unweave.activations import harvest
+
+        started, tokens = time.monotonic(), self.recipe.source.tokens
+        folder = self.folder / "activations"
+        _check_space(folder, tokens * (self.source.d_in + 4) * 2)
+        self.say(f"site: {self.source.site.describe()}")
+        store = harvest(self.source, folder, n_rows=tokens, provenance_extra={"recipe": _source_of(self.recipe)})
+        seconds = time.monotonic() - started
+        self.say(f"harvested {store.n_rows:,} activations of {store.n_items:,} contexts in {seconds:.0f} s")
+        if seconds > 1:
+            self._timed("harvest", started, rows=store.n_rows, tokens=store.n_tokens)
+        return store
+
+    def train(self) -> Dictionary:
+        from unweave.activations import RowStream
+        from unweave.dictionaries import build
+        from unweave.training import train
+
+        recipe, store = self.recipe, self.store
+        if (self.folder / "dictionary" / "config.json").is_file():
+            return self.dictionary
+        origin = store or self.source
+        n_available = min(store.n_rows, recipe.source.tokens) if store else recipe.source.tokens
+        config = recipe.training.resolve(n_available)
+        arch = recipe.dictionary
+        options = dict(arch.options)
+        if recipe.source.target_site:
+            options.setdefault("subtract_bias", False)
+        import torch
+
+        torch.manual_seed(config.seed)
+        dictionary = build(arch.arch, origin.d_in, arch.width(origin.d_in), origin.d_out, **options)
+        update_provenance(self.folder, source=origin.provenance, seed=config.seed)
+        self.say(
+            f"training {arch.arch}: {dictionary.d_in} -> {dictionary.n_features:,} features on {config.n_rows:,} rows "
+            f"({config.n_rows / n_available:.1f} passes over {n_available:,})"
+        )
+        started = time.monotonic()
+        trained = train(dictionary, RowStream(origin, seed=config.seed), config, self.folder)
+        self._timed("train", started, rows=config.n_rows)
+        for line in trained.health:
+            self.say(f"note: {line}")
+        return self.dictionary
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        from unweave.dictionaries import Dictionary
+
+        return Dictionary.load(self.folder / "dictionary")
+
+    def evaluate(self, settings: EvaluationRecipe | None = None, force: bool = False) -> Evaluation:
+        from unweave.evaluation import Evaluation, evaluate
+
+        path = self.folder / "evaluation.json"
+        if path.is_file() and not force:
+            return Evaluation.load(path)
+        settings = settings or self.recipe.evaluation or EvaluationRecipe()
+        started = time.monotonic()
+        held_out = open_source(self.recipe, self.model, self.documents, split="held_out")
+        evaluation = evaluate(
+            self.dictionary,
+            held_out,
+            model=self.model if settings.loss_tokens else None,
+            n_rows=settings.tokens,
+            n_loss_tokens=settings.loss_tokens,
+            baselines=settings.baselines,
+            n_bootstrap=settings.n_bootstrap,
+            fit=self.store,
+            trained_on=read_json(self.folder / "provenance.json").get("source"),
+        )
+        evaluation.save(path)
+        self._timed("evaluate", started)
+        return evaluation
+
+    def index(self, settings: IndexRecipe | None = None, force: bool = False) -> FeatureStore:
+        from unweave.features import FeatureStore, IndexConfig, build_features
+
+        folder = self.folder / "features"
+        if (folder / "manifest.json").is_file():
+            if not force:
+                return FeatureStore.open(folder)
+            shutil.rmtree(folder)
+        settings = settings or self.recipe.index or IndexRecipe()
+        origin = self.store or self.source
+        n_rows = min(settings.tokens, self.store.n_rows if self.store else self.recipe.source.tokens)
+        started = time.monotonic()
+        features = build_features(
+            folder,
+            self.dictionary,
+            first_rows(origin.batches(), n_rows),
+            token_bytes=self.model.token_bytes(),
+            unembed=self.model.unembed if self.writes_to_residual else None,
+            config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
+            n_rows=n_rows,
+        )
+        self._timed("index", started, rows=n_rows)
+        return features
+
+    @property
+    def writes_to_residual(self) -> bool:
+        """Whether atoms live in the residual stream, so that the output head can read them."""
+        site = self.recipe.source.target_site or self.recipe.source.site
+        return site in self.model.sites() and not site.endswith(".heads")
+
+
+def first_rows(batches: Iterable[ActivationBatch], n_rows: int) -> Iterator[ActivationBatch]:
+    """Whole batches until ``n_rows`` rows have gone by."""
+    seen = 0
+    for batch in batches:
+        if seen >= n_rows:
+            return
+        yield batch
+        seen += batch.n_rows
+
+
+def harvest_only(recipe: Recipe, folder: str | Path, say: Say = print) -> ActivationStore:
+    """Write an ActivationStore and nothing else, for training several dictionaries from it."""
+    from unweave.activations import harvest
+
+    model = open_model(recipe)
+    documents = open_documents(recipe)
+    say(f"text: {documents.describe()}")
+    source = open_source(recipe, model, documents)
+    say(f"site: {source.site.describe()}")
+    _check_space(Path(folder), recipe.source.tokens * (source.d_in + 4) * 2)
+    return harvest(source, folder, n_rows=recipe.source.tokens, provenance_extra={"recipe": _source_of(recipe)})
+
+
+def _source_of(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that decides the activations: how to make the same source again."""
+    values = recipe.to_dict()
+    values["source"].pop("tokens")
+    values["source"].pop("stream")
+    return {key: values[key] for key in ("model", "data", "source")}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b
+
+
+def _check_space(folder: Path, n_bytes: int) -> None:
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    already = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.exists() else 0
+    if n_bytes - already > free:
+        raise UnweaveError(
+            f"the activations would take {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free. "
+            "Collect fewer with --tokens, choose another disk, or train on the fly with --stream."
+        )
