@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from unweave.config import Config, apply_overrides, read_yaml
+from unweave.errors import UnweaveError
 from unweave.features.config import IndexConfig
 from unweave.training.config import TrainingConfig
 
@@ -118,7 +119,7 @@ class Recipe(Config):
         values = _merge(values, given)
         values = apply_overrides(values, overrides)
         if values.get("store"):
-            values = _merge(recipe_of_store(values["store"]), values)
+            values = _with_store(values, values["store"])
         return cls.from_dict(values)
 
 
@@ -127,6 +128,17 @@ def recipe_of_store(folder: str) -> dict[str, Any]:
     from unweave.activations import ActivationStore
 
     return dict(ActivationStore.open(folder).provenance.get("recipe", {}))
+
+
+def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The store's own model, data and source, which the user may repeat but not contradict."""
+    made_with = recipe_of_store(folder)
+    for group in ("model", "source"):
+        for key in ("name", "site", "target_site"):
+            ours, theirs = values.get(group, {}).get(key), made_with.get(group, {}).get(key)
+            if ours is not None and ours != theirs:
+                raise UnweaveError(f"{folder} was harvested at {theirs}, not {ours}: leave {group}.{key} out")
+    return _merge(made_with, values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

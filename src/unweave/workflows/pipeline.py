@@ -19,7 +19,7 @@ from unweave.runs.recipe import EvaluationRecipe, IndexRecipe, Recipe
 
 if TYPE_CHECKING:
     from unweave.activations import ActivationStore
-    from unweave.dictionaries import Dictionary
+    from unweave.dictionaries import Dictionary, DictionaryConfig
     from unweave.evaluation import Evaluation
     from unweave.features import FeatureStore
     from unweave.sources import Documents, LanguageModel, TextSource
@@ -101,6 +101,7 @@ class Pipeline:
         folder = self.folder / "activations"
         _check_space(folder, tokens * (self.source.d_in + 4) * 2)
         self.say(f"site: {self.source.site.describe()}")
+        self._dictionary_config(self.source)  # a mistake in it should show before the work, not after
         store = harvest(self.source, folder, n_rows=tokens, provenance_extra={"recipe": _source_of(self.recipe)})
         seconds = time.monotonic() - started
         self.say(f"harvested {store.n_rows:,} activations of {store.n_items:,} contexts in {seconds:.0f} s")
@@ -109,28 +110,24 @@ class Pipeline:
         return store
 
     def train(self) -> Dictionary:
+        import torch
+
         from unweave.activations import RowStream
-        from unweave.dictionaries import build
+        from unweave.dictionaries import get
         from unweave.training import train
 
-        recipe, store = self.recipe, self.store
-        if (self.folder / "dictionary" / "config.json").is_file():
+        if (self.folder / "training.json").is_file():
             return self.dictionary
+        recipe, store = self.recipe, self.store
         origin = store or self.source
         n_available = min(store.n_rows, recipe.source.tokens) if store else recipe.source.tokens
         config = recipe.training.resolve(n_available)
-        arch = recipe.dictionary
-        options = dict(arch.options)
-        if recipe.source.target_site:
-            options.setdefault("subtract_bias", False)
-        import torch
-
         torch.manual_seed(config.seed)
-        dictionary = build(arch.arch, origin.d_in, arch.width(origin.d_in), origin.d_out, **options)
+        dictionary = get(recipe.dictionary.arch)(self._dictionary_config(origin))
         update_provenance(self.folder, source=origin.provenance, seed=config.seed)
         self.say(
-            f"training {arch.arch}: {dictionary.d_in} -> {dictionary.n_features:,} features on {config.n_rows:,} rows "
-            f"({config.n_rows / n_available:.1f} passes over {n_available:,})"
+            f"training {dictionary.name}: {dictionary.d_in} -> {dictionary.n_features:,} features on "
+            f"{config.n_rows:,} rows ({config.n_rows / n_available:.1f} passes over {n_available:,})"
         )
         started = time.monotonic()
         trained = train(dictionary, RowStream(origin, seed=config.seed), config, self.folder)
@@ -138,6 +135,16 @@ class Pipeline:
         for line in trained.health:
             self.say(f"note: {line}")
         return self.dictionary
+
+    def _dictionary_config(self, origin: ActivationStore | TextSource) -> DictionaryConfig:
+        from unweave.dictionaries import get
+
+        wanted = self.recipe.dictionary
+        options = dict(wanted.options)
+        if self.recipe.source.target_site:
+            options.setdefault("subtract_bias", False)
+        widths = {"d_in": origin.d_in, "d_out": origin.d_out, "n_features": wanted.width(origin.d_in)}
+        return get(wanted.arch).Config(**widths, **options)
 
     @cached_property
     def dictionary(self) -> Dictionary:
@@ -173,10 +180,8 @@ class Pipeline:
         from unweave.features import FeatureStore, IndexConfig, build_features
 
         folder = self.folder / "features"
-        if (folder / "manifest.json").is_file():
-            if not force:
-                return FeatureStore.open(folder)
-            shutil.rmtree(folder)
+        if (folder / "manifest.json").is_file() and not force:
+            return FeatureStore.open(folder)
         settings = settings or self.recipe.index or IndexRecipe()
         origin = self.store or self.source
         n_rows = min(settings.tokens, self.store.n_rows if self.store else self.recipe.source.tokens)
@@ -189,6 +194,7 @@ class Pipeline:
             unembed=self.model.unembed if self.writes_to_residual else None,
             config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
             n_rows=n_rows,
+            provenance=origin.provenance,
         )
         self._timed("index", started, rows=n_rows)
         return features

@@ -1,0 +1,219 @@
+"""Build a FeatureStore in one pass over activations, or merge stores of parts of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unweave.batch import ActivationBatch
+from unweave.codes import SparseCode
+from unweave.dictionaries._base import Dictionary
+from unweave.errors import UnweaveError
+from unweave.features import _derive
+from unweave.features._columns import Columns, new_folder, write_column, write_manifest
+from unweave.features._tally import COLUMNS, Tally, token_keys
+from unweave.features._tokens import Vocabulary
+from unweave.features._writer import CodeWriter
+from unweave.features.config import IndexConfig
+from unweave.features.store import SNIPPET_AFTER, SNIPPET_BEFORE, FeatureStore
+from unweave.progress import track
+
+_COPY = 1 << 22  # elements copied at a time
+
+FROM_DICTIONARY = (
+    "similar_feature",
+    "similar_cosine",
+    "positive_logit_token",
+    "positive_logit_value",
+    "negative_logit_token",
+    "negative_logit_value",
+)
+VOCABULARY = ("vocabulary", "vocabulary_offsets")
+
+
+def build_features(
+    folder: str | Path,
+    dictionary: Dictionary,
+    batches: Iterable[ActivationBatch],
+    *,
+    token_bytes: Sequence[bytes] | None = None,
+    unembed: Callable[[Tensor], Tensor] | None = None,
+    config: IndexConfig | None = None,
+    n_rows: int | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> FeatureStore:
+    """Encode batches once and write everything there is to know about each feature.
+
+    The store appears in ``folder`` when it is whole; a store that was there is replaced then.
+
+    Args:
+        folder: where to. dictionary: what encodes. batches: of whole items, in any order.
+        token_bytes: the bytes of each token id; None for data without text.
+        unembed: ``(m, d_out)`` directions to ``(m, vocabulary)`` logits; None where there are no output logits.
+        config: how much to keep. n_rows: rows to expect, for the progress bar.
+        provenance: kept in the manifest.
+
+    Raises:
+        UnweaveError: no rows, rows the dictionary refuses, codes that are not finite, tokens outside the
+            vocabulary, document numbers outside 0 .. 2^31, a folder that holds something else, a full disk.
+    """
+    config = config or IndexConfig()
+    vocabulary = None if token_bytes is None else Vocabulary.of(token_bytes)
+    with new_folder(folder) as building:
+        tally = Tally(dictionary.n_features, config.n_top, config.n_sample, config.seed)
+        with CodeWriter(building, tally, vocabulary) as writer, track(n_rows, "features") as progress:
+            for batch in batches:
+                writer.add(batch, _encode(dictionary, batch))
+                progress.advance(batch.n_rows)
+        if writer.n_rows == 0:
+            raise UnweaveError("expected at least one activation row, found none: is the source empty?")
+        if vocabulary is not None:
+            write_column(building, "vocabulary", vocabulary.data)
+            write_column(building, "vocabulary_offsets", vocabulary.offsets)
+        _write_dictionary_columns(building, dictionary, unembed, vocabulary, config)
+        _finish(
+            building, tally, writer.n_rows, config, vocabulary,
+            {"dictionary": fingerprint(dictionary), "provenance": provenance or {}},
+        )  # fmt: skip
+    return FeatureStore.open(folder)
+
+
+def merge(stores: Sequence[FeatureStore], folder: str | Path) -> FeatureStore:
+    """The store of all items of several stores: what building over all their data would have given.
+
+    Raises:
+        UnweaveError: when the stores are not of one dictionary, vocabulary and config.
+    """
+    if not stores:
+        raise UnweaveError("merge: expected at least one feature store, found none")
+    first = stores[0]
+    for store in stores[1:]:
+        for what in ("dictionary", "config"):
+            if store.manifest[what] != first.manifest[what]:
+                raise UnweaveError(f"cannot merge {store.folder} into {first.folder}: they differ in {what}")
+        if any(_column_entry(store, name) != _column_entry(first, name) for name in VOCABULARY):
+            raise UnweaveError(f"cannot merge {store.folder} into {first.folder}: they differ in vocabulary")
+    config = first.config
+    with new_folder(folder) as building:
+        tally = Tally(first.n_features, config.n_top, config.n_sample, config.seed)
+        with CodeWriter(building, None, None) as writer:
+            for store in stores:
+                before = writer.n_tokens
+                writer.copy(store.columns, _COPY)
+                tally.merge(_tally_of(store), before)
+        kept = [name for name in (*VOCABULARY, *FROM_DICTIONARY) if name in first.manifest["columns"]]
+        for name in kept:
+            write_column(building, name, first.columns[name])
+        parts = [store.manifest["provenance"] for store in stores]
+        provenance = parts[0] if all(part == parts[0] for part in parts) else {"merged": parts}
+        _finish(
+            building, tally, sum(store.n_rows for store in stores), config, first.vocabulary,
+            {"dictionary": first.manifest["dictionary"], "provenance": provenance},
+        )  # fmt: skip
+    return FeatureStore.open(folder)
+
+
+def fingerprint(dictionary: Dictionary) -> dict[str, str]:
+    """Architecture and sha256 over config and weights: tells whether a store belongs to a dictionary."""
+    digest = hashlib.sha256(json.dumps(dictionary.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(dictionary.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {"arch": getattr(dictionary, "name", type(dictionary).__name__), "sha256": digest.hexdigest()}
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def _encode(dictionary: Dictionary, batch: ActivationBatch) -> SparseCode:
+    training = dictionary.training
+    dictionary.eval()
+    try:
+        with torch.no_grad():
+            code = dictionary.encode(batch.input.float()).detach().to("cpu")
+    finally:
+        dictionary.train(training)
+    if code.shape != (batch.n_rows, dictionary.n_features):
+        raise UnweaveError(f"encode gave a code of {code.shape}, expected {(batch.n_rows, dictionary.n_features)}")
+    return code
+
+
+def _write_dictionary_columns(
+    building: Path,
+    dictionary: Dictionary,
+    unembed: Callable[[Tensor], Tensor] | None,
+    vocabulary: Vocabulary | None,
+    config: IndexConfig,
+) -> None:
+    with torch.no_grad():
+        directions = dictionary.decoder_directions().detach().float()
+        columns = _derive.similar(directions, config.n_similar)
+        if unembed is not None:
+            columns |= _derive.logits(directions, unembed, config.n_logits, vocabulary)
+    for name, values in columns.items():
+        write_column(building, name, values)
+
+
+def _finish(
+    building: Path,
+    tally: Tally,
+    n_rows: int,
+    config: IndexConfig,
+    vocabulary: Vocabulary | None,
+    facts: dict[str, Any],
+) -> None:
+    """Write what the tally holds, what follows from it and the codes, and the manifest."""
+    disk = Columns(building)
+    columns = tally.columns()
+    columns |= _derive.top_tokens(
+        columns["sample_offsets"], columns["sample_token"], disk["tokens"], config.n_top_tokens
+    )
+    columns |= _derive.cofiring(
+        columns["sample_offsets"],
+        columns["sample_token"],
+        disk["code_offsets"],
+        disk["code_indices"],
+        columns["n_firing"] / max(n_rows, 1),
+        config.n_cofiring,
+    )
+    item_offsets = disk["item_offsets"]
+
+    def window(token: int) -> tuple[int, int]:
+        item = int(np.searchsorted(item_offsets, token, side="right")) - 1
+        return (
+            max(int(item_offsets[item]), token - SNIPPET_BEFORE),
+            min(int(item_offsets[item + 1]), token + SNIPPET_AFTER + 1),
+        )
+
+    logit_columns = {name: disk[name] for name in FROM_DICTIONARY if name.endswith("token") and name in disk}
+    columns |= _derive.search_text({**columns, **logit_columns, "tokens": disk["tokens"]}, vocabulary, window)
+    for name, values in columns.items():
+        write_column(building, name, values)
+    counts = {
+        "n_features": tally.n_features,
+        "n_rows": n_rows,
+        "n_items": len(disk["item_document"]),
+        "n_tokens": len(disk["tokens"]),
+        "n_entries": len(disk["code_indices"]),
+    }
+    write_manifest(building, {"counts": counts, "config": config.to_dict(), **facts})
+
+
+def _tally_of(store: FeatureStore) -> Tally:
+    columns = store.columns
+    key = token_keys(columns["item_offsets"], columns["item_document"], columns["item_start"])
+    config = store.config
+    return Tally.from_columns(
+        {name: columns[name] for name in COLUMNS}, key, config.n_top, config.n_sample, config.seed
+    )
+
+
+def _column_entry(store: FeatureStore, name: str) -> Any:
+    return store.manifest["columns"].get(name)
