@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny tensors gain nothing from threads, and on a shared machine threads that wait for each other cost a lot.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SUBJECTS = [
     "the cat",
@@ -87,6 +89,8 @@ def tiny_model(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of the demo on few tokens: SmolLM2-135M, 20k activations. For tests marked ``real``."""
+    import torch
+
     from unweave.errors import UnweaveError
     from unweave.sources import assets
     from unweave.workflows.demo import demo_recipe
@@ -99,5 +103,10 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = demo_recipe(tokens=20_000)
     recipe = recipe.replace(evaluation=recipe.evaluation.replace(tokens=4096, loss_tokens=512, n_bootstrap=200))
     folder = tmp_path_factory.mktemp("demo") / "unweave-demo"
-    Pipeline(recipe, folder, say=lambda line: None).run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        Pipeline(recipe, folder, say=lambda line: None).run()
+    finally:
+        torch.set_num_threads(threads)
     return folder

@@ -1,0 +1,219 @@
+"""evaluate: one call that measures a dictionary, with intervals and rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.batch import ActivationBatch
+from unweave.dictionaries._base import Dictionary
+from unweave.errors import UnweaveError
+from unweave.evaluation._match import check_model, check_provenance, check_widths
+from unweave.evaluation._rows import EvaluationRows, bar
+from unweave.evaluation.baselines import BASELINES
+from unweave.evaluation.bootstrap import Estimate, estimate
+from unweave.evaluation.loss import LossSums, measure_loss
+from unweave.evaluation.result import Evaluation
+from unweave.interventions import RowEdit, reconstruct
+from unweave.metrics import FiringSums, GroupedSums, Groups, ReconstructionSums
+
+_SCORES = 1 << 26  # (rows, n_features) scores made at a time: 256 MB as float32
+_COUNTS = 1 << 25  # (groups, n_features) firing counts kept: 128 MB
+_BASELINE_METRICS = ("fvu", "cosine", "ce_loss_recovered", "ce_loss_recovered_mean", "kl", "ce_spliced")
+
+
+def evaluate(
+    dictionary: Dictionary,
+    source: Any,
+    *,
+    model: Any = None,
+    fit: Any = None,
+    n_rows: int = 65_536,
+    n_loss_tokens: int = 16_384,
+    baselines: bool | Sequence[str] = True,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    trained_on: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure a dictionary on rows it was not trained on.
+
+    Reconstruction (fvu, cosine, l2_ratio, relative_bias) and firing (l0, dead_share, dense_share) need rows only.
+    The loss metrics (ce_*, kl) splice the reconstruction into the language model the rows came from.
+
+    Args:
+        dictionary: put in eval mode for the while.
+        source: held-out data: a TextSource, an ActivationStore, an ArraySource (anything with ``batches()``).
+            The rows of one evaluation are kept in memory: ``n_rows * (d_in + d_out)`` numbers in the source's dtype.
+        model: the LanguageModel for the loss metrics; a TextSource brings its own. With rows from a store, pass it.
+        fit: where the mean (for mean ablation) and the baselines are fitted: an ActivationStore or source of training
+            rows, or a tensor of target rows. None: the first rows of ``source``, which are then not evaluated.
+            ``max(8192, 10 * d_out)`` rows are used; of a short ``source`` what ``n_rows`` leaves, at least a third.
+        n_rows: rows evaluated, in whole contexts; all there are if fewer.
+        n_loss_tokens: predicted tokens the loss is measured on (rounded up to whole batches); 0 leaves it out.
+        baselines: True for all in :data:`unweave.evaluation.BASELINES`, or their names, or False. Each reconstructs
+            the target rows from themselves with as many numbers a row as the dictionary's mean L0, rounded (at
+            least 1). For a transcoder, which has to predict its target from another site, they are therefore a
+            generous rival.
+        n_bootstrap: resamples of documents for the 95 % intervals; 0 for none.
+        seed: of the resamples and the random dictionary.
+        trained_on: the provenance of the dictionary's training rows; another model or site is refused.
+        force: go on where model or site do not match.
+        progress: show a bar.
+
+    Raises:
+        UnweaveError: for a wrong width, another model or site, no rows, NaN rows or NaN reconstructions.
+    """
+    provenance = getattr(source, "provenance", None) or {}
+    site, target_site = provenance.get("site"), provenance.get("target_site") or provenance.get("site")
+    check_widths(dictionary, source.d_in, source.d_out or source.d_in, site)
+    model = model if model is not None else getattr(source, "model", None)
+    has_loss = n_loss_tokens > 0 and hasattr(model, "site") and site is not None
+    if not force:
+        check_provenance(trained_on or {}, provenance)
+        if has_loss:
+            check_model(model, provenance)
+    rivals = [] if baselines is False else list(BASELINES) if baselines is True else list(baselines)
+    if unknown := [name for name in rivals if name not in BASELINES]:
+        raise UnweaveError(f"no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
+
+    was_training = dictionary.training
+    dictionary.eval()
+    try:
+        with torch.no_grad():
+            rows = EvaluationRows.read(source, fit, n_rows, needs_fit=bool(rivals) or has_loss, progress=progress)
+            groups = Groups(min(1024, max(32, _COUNTS // dictionary.n_features)))
+            found: list[GroupedSums] = [*_measure_dictionary(dictionary, rows, groups, progress)]
+            l0 = max(1, round(float(found[1].values()["l0"])))
+            fitted = {
+                name: BASELINES[name](rows.fit, l0=l0, n_features=dictionary.n_features, seed=seed) for name in rivals
+            }
+            compared = {name: [_measure_baseline(fn, dictionary, rows, groups)] for name, fn in fitted.items()}
+            loss = None
+            if has_loss:
+                edits: dict[str, tuple[RowEdit, str]] = {
+                    "spliced": (_in_chunks(reconstruct(dictionary), dictionary), str(site))
+                }
+                edits |= {name: (_in_chunks(fn, dictionary), str(target_site)) for name, fn in fitted.items()}
+                loss = _measure_loss(model, rows, str(target_site), edits, n_loss_tokens, groups, progress)
+                found.append(loss.of("spliced"))
+                compared = {name: [*sums, loss.of(name)] for name, sums in compared.items()}
+            return Evaluation(
+                _estimates(found, n_bootstrap, seed),
+                {name: _estimates(sums, n_bootstrap, seed, _BASELINE_METRICS) for name, sums in compared.items()},
+                _data(provenance, rows, loss, l0 if rivals else None, n_bootstrap, seed),
+            )
+    finally:
+        dictionary.train(was_training)
+
+
+def _chunks(batches: Sequence[ActivationBatch], dictionary: Dictionary) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``(input, target, document)``, few enough rows at a time that their dense scores fit."""
+    step = _chunk_rows(dictionary)
+    for batch in batches:
+        document = batch.meta.document
+        for i in range(0, batch.n_rows, step):
+            yield batch.input[i : i + step], batch.target[i : i + step], document[i : i + step]
+
+
+def _chunk_rows(dictionary: Dictionary) -> int:
+    return min(4096, max(64, _SCORES // dictionary.n_features))
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """At least float32: a 16-bit mean would be a poor rival."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _in_chunks(fn: RowEdit, dictionary: Dictionary) -> RowEdit:
+    """``fn`` on a bounded number of rows at a time."""
+    step = _chunk_rows(dictionary)
+    return lambda rows: torch.cat([fn(_wide(part)) for part in rows.split(step)])
+
+
+def _measure_dictionary(
+    dictionary: Dictionary, rows: EvaluationRows, groups: Groups, progress: bool
+) -> tuple[ReconstructionSums, FiringSums]:
+    reconstruction = ReconstructionSums(dictionary.d_out, groups)
+    firing = FiringSums(dictionary.n_features, groups)
+    with bar(rows.n_rows, "evaluate: reconstruct", "rows", progress) as advance:
+        for x, target, document in _chunks(rows.batches, dictionary):
+            code = dictionary.encode(dictionary.check_input(x))
+            x_hat = dictionary.decode(code)
+            if not bool(torch.isfinite(x_hat).all()):
+                raise UnweaveError(
+                    "evaluate: the dictionary makes NaN or infinity of finite rows: its weights are broken"
+                )
+            if not bool(torch.isfinite(target).all()):
+                raise UnweaveError(
+                    "evaluate: the target rows hold NaN or infinity. Drop them, or check the model's dtype"
+                )
+            firing.add(code, document)
+            reconstruction.add(target.to(x_hat.device), x_hat, document)
+            advance(len(x))
+    return reconstruction, firing
+
+
+def _measure_baseline(
+    fn: Callable[[Tensor], Tensor], dictionary: Dictionary, rows: EvaluationRows, groups: Groups
+) -> GroupedSums:
+    sums = ReconstructionSums(dictionary.d_out, groups)
+    for _, target, document in _chunks(rows.batches, dictionary):
+        target = _wide(target).to(dictionary.device)
+        sums.add(target, fn(target), document)
+    return sums
+
+
+def _measure_loss(
+    model: Any,
+    rows: EvaluationRows,
+    target_site: str,
+    edits: Mapping[str, tuple[RowEdit, str]],
+    n_tokens: int,
+    groups: Groups,
+    progress: bool,
+) -> LossSums:
+    mean = rows.fit.mean(0, dtype=torch.float64)
+    available = min(n_tokens, rows.n_rows)
+    with bar(available, "evaluate: splice into the model", "tokens", progress) as advance:
+        return measure_loss(
+            model, rows.batches, target_site, edits, mean, n_tokens=n_tokens, groups=groups, advance=advance
+        )
+
+
+def _estimates(
+    parts: Sequence[GroupedSums], n_bootstrap: int, seed: int, only: Sequence[str] | None = None
+) -> dict[str, Estimate]:
+    found: dict[str, Estimate] = {}
+    for sums in parts:
+        found |= estimate(sums, n_bootstrap, seed)
+    return found if only is None else {name: found[name] for name in only if name in found}
+
+
+def _data(
+    provenance: Mapping[str, Any],
+    rows: EvaluationRows,
+    loss: LossSums | None,
+    baseline_l0: int | None,
+    n_bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    described = provenance.get("data")
+    split = provenance.get("split") or (described.get("split") if isinstance(described, Mapping) else None)
+    return {
+        "split": split,
+        "n_tokens": sum(batch.items.n_tokens for batch in rows.batches),
+        "n_documents": len(torch.cat([batch.meta.document for batch in rows.batches]).unique()),
+        "n_rows": rows.n_rows,
+        "n_loss_tokens": loss.n_targets if loss else 0,
+        "fit_rows": len(rows.fit),
+        "fit_from": rows.fit_from,
+        "baseline_l0": baseline_l0,
+        "n_bootstrap": n_bootstrap,
+        "seed": seed,
+        "source": dict(provenance),
+    }
