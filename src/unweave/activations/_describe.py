@@ -1,0 +1,37 @@
+"""An activation store in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unweave.activations.store import ActivationStore
+
+
+def describe(store: ActivationStore) -> list[tuple[str, str]]:
+    """(what, value) pairs for a table: the counts, then the provenance."""
+    per_item = f"{store.n_tokens / store.n_items:.1f} a context" if store.n_items else "none yet"
+    return [
+        ("folder", str(store.folder)),
+        ("state", "complete" if store.complete else "unfinished (run the same harvest again to go on)"),
+        ("rows", f"{store.n_rows:,} of width {store.d_in}, {str(store.dtype).removeprefix('torch.')}"),
+        ("target", f"width {store.d_out}, stored apart" if store.has_target else "the input itself"),
+        ("contexts", f"{store.n_items:,} in {store.n_batches:,} batches"),
+        ("tokens", f"{store.n_tokens:,} ({per_item}; {store.n_tokens - store.n_rows:,} without a row)"),
+        ("shards", f"{store.n_shards}, {size_words(store.bytes)}"),
+    ] + [(key, _words(value)) for key, value in store.provenance.items()]
+
+
+def size_words(n: float) -> str:
+    """``75.5 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(v)}" for key, v in value.items())
+    return str(value)

@@ -1,0 +1,238 @@
+"""One shard: batches gathered into tensors on the way in, memory-mapped slices on the way out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.activations._manifest import DTYPES, FORMAT, Manifest, ShardEntry
+from unweave.batch import ActivationBatch, Items, Meta
+from unweave.errors import UnweaveError
+from unweave.files import sha256_file, write_tensors
+
+_OPEN_SHARDS = 256  # mapped at a time; mapping one again costs about 0.1 ms
+
+
+class ShardBuilder:
+    """Batches waiting to become a shard. Holds copies, so a source may reuse its buffers."""
+
+    def __init__(self) -> None:
+        self.batches: list[ActivationBatch] = []
+        self.n_rows = 0
+        self.n_items = 0
+
+    def add(self, batch: ActivationBatch) -> None:
+        inputs = _copy(batch.input)
+        target = inputs if batch.target is batch.input else _copy(batch.target)
+        items = Items(
+            _copy(batch.items.tokens, torch.int32),
+            _copy(batch.items.offsets, torch.int64),
+            _copy(batch.items.document, torch.int64),
+            _copy(batch.items.start, torch.int32),
+        )
+        self.batches.append(ActivationBatch(inputs, target, items, _copy(batch.row_token, torch.int64)))
+        self.n_rows += batch.n_rows
+        self.n_items += len(items)
+
+    def write(self, folder: Path, file: str, separate_target: bool) -> ShardEntry:
+        """Write the shard atomically. The same batches always give the same bytes."""
+        whole = concatenate(self.batches)
+        sizes = torch.tensor([0] + [len(batch.items) for batch in self.batches])
+        tensors = {
+            "input": whole.input,
+            "row_token": whole.row_token,
+            "tokens": whole.items.tokens,
+            "item_offsets": whole.items.offsets,
+            "item_document": whole.items.document,
+            "item_start": whole.items.start,
+            "batch_items": sizes.cumsum(0),
+        }
+        if separate_target:
+            tied = whole.target is whole.input  # safetensors refuses two names for one storage
+            tensors["target"] = whole.target.clone() if tied else whole.target
+        # One metadata key only: safetensors writes several in no fixed order, and bytes must not depend on luck.
+        write_tensors(folder / file, tensors, {"format": FORMAT})
+        return ShardEntry(
+            file=file,
+            n_rows=whole.n_rows,
+            n_items=len(whole.items),
+            n_tokens=whole.items.n_tokens,
+            n_batches=len(self.batches),
+            sha256=sha256_file(folder / file),
+            bytes=(folder / file).stat().st_size,
+        )
+
+
+class ShardReader:
+    """One finished shard, memory-mapped.
+
+    Rows are read as slices that point into the file's pages: callers copy before handing them out, because writing
+    into such a slice would change what later reads of the same mapping see.
+
+    Raises:
+        UnweaveError: when the header does not hold the tensors the manifest promises.
+    """
+
+    def __init__(self, path: Path, entry: ShardEntry, manifest: Manifest) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path, self.n_rows, self.n_batches = path, entry.n_rows, entry.n_batches
+        try:
+            handle: Any = safe_open(path, "pt")  # holds a mapping and no file descriptor
+        except (SafetensorError, OSError) as error:
+            raise UnweaveError(f"{path} is not a whole safetensors file ({error}). {how_to_repair(path)}") from None
+        self._check_header(handle, entry, manifest)
+        self._input = handle.get_slice("input")
+        self._target = None if manifest.d_out is None else handle.get_slice("target")
+        self.row_token: Tensor = handle.get_tensor("row_token")
+        self.batch_items: Tensor = handle.get_tensor("batch_items")
+        self.items = Items(*(handle.get_tensor(f) for f in ("tokens", "item_offsets", "item_document", "item_start")))
+
+    def _check_header(self, handle: Any, entry: ShardEntry, manifest: Manifest) -> None:
+        rows = _SAFETENSORS_NAMES[DTYPES[manifest.dtype]]
+        expected = {
+            "input": (rows, [entry.n_rows, manifest.d_in]),
+            "row_token": ("I64", [entry.n_rows]),
+            "tokens": ("I32", [entry.n_tokens]),
+            "item_offsets": ("I64", [entry.n_items + 1]),
+            "item_document": ("I64", [entry.n_items]),
+            "item_start": ("I32", [entry.n_items]),
+            "batch_items": ("I64", [entry.n_batches + 1]),
+        }
+        if manifest.d_out is not None:
+            expected["target"] = (rows, [entry.n_rows, manifest.d_out])
+        names: list[str] = handle.keys()
+        slices = {name: handle.get_slice(name) for name in names}
+        found = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise UnweaveError(
+                    f"{self.path}: tensor {name!r}: expected {_words(expected.get(name))} from the manifest, found "
+                    f"{_words(found.get(name))}. {how_to_repair(self.path)}"
+                )
+
+    def check_contents(self) -> None:
+        """Check that items, rows and batches fit together (what a checksum cannot tell of a file made wrong)."""
+        items = self.items
+        good = (
+            _rises(items.offsets, items.n_tokens)
+            and _rises(self.batch_items, len(items))
+            and (self.n_rows == 0 or 0 <= int(self.row_token[0]) <= int(self.row_token[-1]) < items.n_tokens)
+            and bool((self.row_token.diff() > 0).all())
+        )
+        if not good:
+            raise UnweaveError(f"{self.path}: its items and rows do not fit together. {how_to_repair(self.path)}")
+
+    @cached_property
+    def row_offsets(self) -> Tensor:
+        """``(n_batches + 1,)`` int64, the rows of each batch."""
+        return torch.searchsorted(self.row_token, self.items.offsets[self.batch_items])
+
+    @property
+    def rows_per_item(self) -> Tensor:
+        """``(n_items,)`` int64."""
+        return torch.searchsorted(self.row_token, self.items.offsets).diff()
+
+    def input(self, rows: slice | Tensor) -> Tensor:
+        """``(n, d_in)``: a view for a slice, a copy for an index tensor."""
+        return self._input[rows] if isinstance(rows, slice) else self._input[:].index_select(0, rows)
+
+    def target(self, rows: slice | Tensor) -> Tensor:
+        if self._target is None:
+            return self.input(rows)
+        return self._target[rows] if isinstance(rows, slice) else self._target[:].index_select(0, rows)
+
+    def item_of(self, rows: slice | Tensor) -> Tensor:
+        """``(n,)`` int64, the item of each row, numbered within the shard."""
+        return torch.searchsorted(self.items.offsets, self.row_token[rows], right=True) - 1
+
+    def document(self, rows: slice | Tensor) -> Tensor:
+        return self.items.document[self.item_of(rows)]
+
+    def meta(self, rows: slice | Tensor) -> Meta:
+        item, token = self.item_of(rows), self.row_token[rows]
+        position = self.items.start[item] + (token - self.items.offsets[item]).int()
+        return Meta(self.items.document[item], position, self.items.tokens[token])
+
+    def batch(self, index: int) -> ActivationBatch:
+        """Batch ``index`` exactly as it was appended."""
+        first, last = self.row_offsets[index : index + 2].tolist()
+        first_item, last_item = self.batch_items[index : index + 2].tolist()
+        return self._cut(slice(first, last), slice(first_item, last_item))
+
+    def batch_of_rows(self, rows: slice) -> ActivationBatch:
+        """The rows of a slice, with the whole items they came from."""
+        if rows.stop <= rows.start:
+            return self._cut(slice(0, 0), slice(0, 0))
+        first, last = self.item_of(torch.tensor([rows.start, rows.stop - 1])).tolist()
+        return self._cut(rows, slice(first, last + 1))
+
+    def _cut(self, rows: slice, which: slice) -> ActivationBatch:
+        inputs = self.input(rows).clone()
+        target = inputs if self._target is None else self.target(rows).clone()
+        items = self.items[which]
+        items = Items(items.tokens.clone(), items.offsets, items.document.clone(), items.start.clone())
+        return ActivationBatch(inputs, target, items, self.row_token[rows] - self.items.offsets[which.start])
+
+
+class ShardPool:
+    """The readers of a store, the least recently used given up beyond ``_OPEN_SHARDS``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def get(self, entry: ShardEntry, manifest: Manifest) -> ShardReader:
+        reader = self._readers.get(entry.file)
+        if reader is None:
+            reader = ShardReader(self._folder / entry.file, entry, manifest)
+            self._readers[entry.file] = reader
+            if len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)
+        self._readers.move_to_end(entry.file)
+        return reader
+
+    def clear(self) -> None:
+        self._readers.clear()
+
+
+def concatenate(batches: list[ActivationBatch]) -> ActivationBatch:
+    """Several batches as one; tied targets stay tied."""
+    inputs = torch.cat([b.input for b in batches])
+    tied = all(b.target is b.input for b in batches)
+    target = inputs if tied else torch.cat([b.target for b in batches])
+    tokens, base = [], 0
+    for batch in batches:
+        tokens.append(batch.row_token + base)
+        base += batch.items.n_tokens
+    return ActivationBatch(inputs, target, Items.concatenate([b.items for b in batches]), torch.cat(tokens))
+
+
+def how_to_repair(path: Path) -> str:
+    return (
+        f"Delete {path.name} and run the same harvest again: it makes that shard anew and keeps all others "
+        "(or copy the file again from where the store came from)."
+    )
+
+
+_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+
+
+def _rises(offsets: Tensor, last: int) -> bool:
+    return int(offsets[0]) == 0 and int(offsets[-1]) == last and bool((offsets.diff() >= 0).all())
+
+
+def _words(tensor: tuple[str, list[int]] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[0]} {tuple(tensor[1])}"

@@ -1,0 +1,195 @@
+"""RowStream: rows for training, from a store in random blocks or from a live source in its order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unweave.activations.store import ActivationStore
+from unweave.errors import UnweaveError
+
+if TYPE_CHECKING:
+    from unweave.sources._base import Source
+
+
+class Chunk(NamedTuple):
+    """Rows read from a stream. ``target`` is the very tensor ``input`` when the data has no separate target."""
+
+    input: Tensor  # (n, d_in)
+    target: Tensor  # (n, d_out)
+    document: Tensor  # (n,) int64, on the CPU
+
+
+class RowStream:
+    """An endless run of rows with an exact, small state.
+
+    Over a store, each epoch visits blocks of ``block_rows`` consecutive rows in a random order of its own (drawn from
+    seed and epoch), every row exactly once; the last block of a shard may be shorter. One row at a time would be some
+    hundred times slower, and a :class:`ShuffleRing` mixes the blocks. Over a source, its batches come in order and
+    then again from the start (the source itself shuffles its documents).
+
+    Args:
+        data: what to read. seed: of the order of blocks.
+        epochs_infinite: when false, the stream ends after one epoch: ``read`` then returns fewer rows, finally none.
+        block_rows: rows read from one place.
+
+    Raises:
+        UnweaveError: for data without rows.
+    """
+
+    def __init__(
+        self,
+        data: ActivationStore | Source,
+        *,
+        seed: int = 0,
+        epochs_infinite: bool = True,
+        block_rows: int = 256,
+    ) -> None:
+        if block_rows < 1:
+            raise UnweaveError(f"RowStream: expected block_rows of at least 1, found {block_rows}")
+        self.data, self.seed, self.epochs_infinite, self.block_rows = data, seed, epochs_infinite, block_rows
+        self.d_in, self.d_out = data.d_in, data.d_out
+        self.n_rows: int | None = None  # rows in an epoch; None for a source, which does not say
+        if isinstance(data, ActivationStore):
+            self.n_rows = data.n_rows
+            self._sizes = data.shard_sizes  # a store may grow meanwhile; the stream keeps to the rows it began with
+            if not self.n_rows:
+                raise UnweaveError(f"{data!r} holds no rows to read: harvest some first")
+        self._permuted_rate: float | None = None
+        self._goto(epoch=0, piece=0, offset=0)
+
+    def _goto(self, epoch: int, piece: int, offset: int) -> None:
+        """Stand at row ``offset`` of piece (block or batch) number ``piece`` of an epoch."""
+        self._epoch, self._piece, self._offset = epoch, piece, offset
+        self._pieces: Iterator[Chunk] | None = None
+        self._current: Chunk | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the data."""
+        return self._epoch
+
+    @property
+    def at_epoch_start(self) -> bool:
+        return self._piece == 0 and self._offset == 0
+
+    @property
+    def ended(self) -> bool:
+        return not self.epochs_infinite and self._epoch > 0
+
+    def __repr__(self) -> str:
+        size = f"{self.n_rows:,} rows an epoch" if self.n_rows else "live source"
+        unit = "block" if self.n_rows else "batch"
+        return f"RowStream({size}, seed {self.seed}, at epoch {self._epoch}, {unit} {self._piece}, row {self._offset})"
+
+    def read(self, n: int, *, cross_epochs: bool = True) -> Chunk:
+        """The next ``n`` rows, copied, with the document of each; across blocks and epochs.
+
+        Fewer rows come back only at the end of a stream of one epoch, or, with ``cross_epochs=False``, where an epoch
+        ends before ``n`` rows are found.
+        """
+        parts = self.read_parts(n, cross_epochs=cross_epochs)
+        return join(parts) if parts else self._no_rows()
+
+    def read_parts(self, n: int, *, cross_epochs: bool = True) -> list[Chunk]:
+        """The same rows as ``read`` gives, as pieces that were not copied: look at them, or copy them, at once."""
+        parts: list[Chunk] = []
+        missing, missing_before_epoch = n, -1
+        while missing and not self.ended:
+            piece = self._next_piece()
+            if piece is None:
+                if not cross_epochs and missing < n:
+                    break
+                if missing == missing_before_epoch:
+                    raise UnweaveError("the source gave no rows: is its data empty, or was every row filtered out?")
+                missing_before_epoch = missing
+                self._goto(self._epoch + 1, 0, 0)
+                continue
+            stop = min(self._offset + missing, len(piece.document))
+            part = Chunk(*(t[self._offset : stop] for t in piece))
+            parts.append(part._replace(target=part.input) if piece.target is piece.input else part)
+            missing -= stop - self._offset
+            self._offset = stop
+            if stop == len(piece.document):
+                self._piece, self._offset, self._current = self._piece + 1, 0, None
+        return parts
+
+    def _next_piece(self) -> Chunk | None:
+        if self._current is None:
+            if self._pieces is None:
+                self._pieces = self._pieces_from(self._epoch, self._piece)
+            self._current = next(self._pieces, None)
+        return self._current
+
+    def _pieces_from(self, epoch: int, skip: int) -> Iterator[Chunk]:
+        if isinstance(self.data, ActivationStore):
+            for some in self._block_order(epoch)[skip:].split(4096):
+                for shard, first, stop in some.tolist():
+                    reader, rows = self.data.shard(shard), slice(first, stop)
+                    inputs = reader.input(rows)
+                    target = reader.target(rows) if self.data.has_target else inputs
+                    yield Chunk(inputs, target, reader.document(rows))
+        else:
+            for batch in self.data.batches(skip=skip):
+                yield Chunk(batch.input, batch.target, batch.meta.document.cpu())
+
+    def _block_order(self, epoch: int) -> Tensor:
+        """``(n_blocks, 3)`` int64: shard, first row and stop row of each block, in the order of an epoch."""
+        blocks = []
+        for shard, size in enumerate(self._sizes):
+            first = torch.arange(0, size, self.block_rows)
+            stop = (first + self.block_rows).clamp(max=size)
+            blocks.append(torch.stack([torch.full_like(first, shard), first, stop], dim=1))
+        table = torch.cat(blocks)
+        # Hashed, so that epoch 1 of seed 0 and epoch 0 of seed 1 have nothing in common.
+        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        return table[torch.randperm(len(table), generator=generator)]
+
+    def _no_rows(self) -> Chunk:
+        dtype = self.data.dtype if isinstance(self.data, ActivationStore) else None
+        inputs, target = torch.empty(0, self.d_in, dtype=dtype), torch.empty(0, self.d_out, dtype=dtype)
+        return Chunk(inputs, target, torch.empty(0, dtype=torch.long))
+
+    def permuted_same_document_rate(self) -> float | None:
+        """The same-document rate of a full permutation of the data; None for a source, which cannot tell."""
+        if self._permuted_rate is None and isinstance(self.data, ActivationStore):
+            self._permuted_rate = self.data.same_document_rate()
+        return self._permuted_rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: plain integers."""
+        return {
+            "epoch": self._epoch,
+            "piece": self._piece,
+            "offset": self._offset,
+            "seed": self.seed,
+            "block_rows": self.block_rows,
+            "n_rows": self.n_rows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where ``state_dict`` was taken.
+
+        Raises:
+            UnweaveError: when seed, block size or number of rows differ: the order would be another one.
+        """
+        for key in ("seed", "block_rows", "n_rows"):
+            if state[key] != getattr(self, key):
+                raise UnweaveError(
+                    f"RowStream: the saved state has {key} {state[key]}, this stream has {getattr(self, key)}. Rows "
+                    "would come in another order: open the same data with the same settings"
+                )
+        self._goto(state["epoch"], state["piece"], state["offset"])
+
+
+def join(parts: list[Chunk]) -> Chunk:
+    """Chunks as one, copied (also a single one); tied targets stay tied."""
+    inputs = torch.cat([p.input for p in parts])
+    tied = all(p.target is p.input for p in parts)
+    target = inputs if tied else torch.cat([p.target for p in parts])
+    return Chunk(inputs, target, torch.cat([p.document for p in parts]))

@@ -1,0 +1,273 @@
+"""``train``: the loop around :class:`~unweave.training._trainer.Trainer`, with log, checkpoints and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unweave.activations.ring import ShuffleRing
+from unweave.activations.stream import RowStream
+from unweave.dictionaries import Dictionary
+from unweave.errors import UnweaveError
+from unweave.files import read_json, write_json
+from unweave.progress import track
+from unweave.training._trainer import Trainer
+from unweave.training.checkpoint import read_checkpoint, write_checkpoint
+from unweave.training.config import TrainingConfig
+from unweave.training.health import health as health_of
+from unweave.training.metrics_log import MetricsLog, read_metrics
+from unweave.training.trackers import Tracker, make_trackers, running
+
+_FORMAT = "unweave.training/1"
+_CHECKPOINT_SECONDS = 60.0
+_CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        dictionary: trained, in eval mode, for raw activations (the input scale is folded in).
+        metrics: the lines of ``metrics.jsonl``.
+        health: plain sentences about what looks wrong; empty when nothing does.
+        config: how it was trained.
+        scale: what the rows were multiplied with during training; ``target_scale`` likewise, None without a target.
+        folder: where it was saved, if anywhere.
+    """
+
+    dictionary: Dictionary
+    metrics: list[dict[str, Any]] = field(repr=False)
+    health: list[str]
+    config: TrainingConfig
+    scale: float
+    target_scale: float | None = None
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        last = self.metrics[-1] if self.metrics else {}
+        shown = ", ".join(
+            f"{name} {last[name]:.4g}" for name in ("fvu", "l0", "dead_share") if last.get(name) is not None
+        )
+        return f"Trained({self.dictionary.name}, {self.config.n_steps:,} steps, {shown})"
+
+
+def train(
+    dictionary: Dictionary,
+    stream: RowStream,
+    config: TrainingConfig,
+    folder: str | Path | None = None,
+    *,
+    trackers: Iterable[str | Tracker] | str | Tracker = (),
+) -> Trained:
+    """Train a dictionary on a stream of rows.
+
+    With a folder, training survives being killed: called again with the same config it goes on from the last
+    checkpoint, and on a CPU ends with the very weights it would have had. A finished training is read back at once.
+
+    Args:
+        dictionary: trained in place, on the device it is on.
+        stream: where the rows come from.
+        folder: gets ``metrics.jsonl``, ``checkpoints/latest.safetensors`` while training, and at the end
+            ``dictionary/`` and ``training.json``. None keeps everything in memory.
+        trackers: "wandb", "tensorboard" or objects like :class:`~unweave.training.trackers.Tracker`.
+
+    Raises:
+        UnweaveError: when the folder holds a training of another config, the rows do not fit the dictionary, the
+            loss is no longer finite, or the disk is full. The last checkpoint is kept in every case.
+    """
+    folder = None if folder is None else Path(folder)
+    identity = {
+        "config": config.to_dict(),
+        "dictionary": {"arch": dictionary.name, **dictionary.config.to_dict()},
+        "data": json.loads(json.dumps(stream.data.provenance)),  # as it will be read back
+    }
+    trackers = make_trackers(trackers)
+    if folder is not None and (folder / "training.json").is_file():
+        return _finished(folder, dictionary, config, identity)
+    with _private_rng(dictionary.device, config.seed), _precision(config.precision):
+        trainer = Trainer(dictionary, _ring(stream, config, dictionary.device), config)
+        run = _Run(trainer, folder, identity)
+        try:
+            with running(trackers, run.id, {**config.to_dict(), **identity["dictionary"]}, folder):
+                run.loop(trackers)
+        finally:
+            run.log.close()
+        return run.finish()
+
+
+def _ring(stream: RowStream, config: TrainingConfig, device: torch.device) -> ShuffleRing:
+    capacity = max(config.ring_rows, config.batch_size)
+    return ShuffleRing(stream, config.batch_size, capacity, config.seed, device=device)
+
+
+class _Run:
+    """A trainer with its files: log, checkpoint, the finished dictionary."""
+
+    def __init__(self, trainer: Trainer, folder: Path | None, identity: dict[str, Any]) -> None:
+        self.trainer, self.folder, self.identity = trainer, folder, identity
+        self.config = trainer.config
+        self.checkpoint = None if folder is None else folder / "checkpoints" / "latest.safetensors"
+        log_file = None if folder is None else folder / "metrics.jsonl"
+        self._wait, self._written = _CHECKPOINT_SECONDS, time.monotonic()
+        if self.checkpoint is not None and self.checkpoint.is_file():
+            state = read_checkpoint(self.checkpoint)
+            _refuse_other(self.identity, state["identity"], self.checkpoint, f"step {state['trainer']['step']:,}")
+            trainer.load_state_dict(state["trainer"])
+            self.id: str = state["run_id"]
+            self.log = MetricsLog(log_file, state["log_cursor"])
+        else:
+            trainer.start()
+            self.id = uuid.uuid4().hex[:12]
+            self.log = MetricsLog(log_file)
+
+    def loop(self, trackers: list[Tracker]) -> None:
+        trainer, config = self.trainer, self.config
+        verb = f"train (from step {trainer.step:,})" if trainer.step else "train"
+        clock, counted = time.monotonic(), trainer.step
+        with track((config.n_steps - trainer.step) * config.batch_size, verb) as progress:
+            while trainer.step < config.n_steps:
+                ends = trainer.window.ends_after(trainer.step)
+                trainer.advance()
+                progress.advance(config.batch_size)
+                if ends:
+                    line = trainer.line()
+                    now = time.monotonic()
+                    rows_per_s = (trainer.step - counted) * config.batch_size / max(now - clock, 1e-9)
+                    clock, counted = now, trainer.step
+                    line |= {"rows_per_s": round(rows_per_s, 1), **trainer.ring.stats()}
+                    self.log.append(line)
+                    for tracker in trackers:
+                        tracker.log(self.log.lines[-1], trainer.step)
+                    progress.note(_note(line))
+                if self._due():
+                    self.save_checkpoint()
+        if config.keep_checkpoint and self.checkpoint is not None:
+            self.save_checkpoint()
+
+    def _due(self) -> bool:
+        every = self.config.checkpoint_every
+        if self.checkpoint is None or every == 0:
+            return False
+        if every is None:
+            return time.monotonic() - self._written >= self._wait
+        return self.trainer.step % every == 0
+
+    def save_checkpoint(self) -> None:
+        assert self.checkpoint is not None
+        started = time.monotonic()
+        state = {
+            "identity": self.identity,
+            "run_id": self.id,
+            "log_cursor": self.log.cursor(),
+            "trainer": self.trainer.state_dict(),
+        }
+        write_checkpoint(self.checkpoint, state)
+        self._written = time.monotonic()
+        self._wait = max(_CHECKPOINT_SECONDS, (self._written - started) / _CHECKPOINT_SHARE)
+
+    def finish(self) -> Trained:
+        """Fold, save the dictionary, then say so in ``training.json``: until that is there, training is not done."""
+        trainer, config = self.trainer, self.config
+        trainer.finish()
+        sentences = health_of(self.log.lines, config, trainer.dictionary.config, input_norms=trainer.input_norms)
+        result = Trained(
+            trainer.dictionary, self.log.lines, sentences, config, trainer.scale, trainer.target_scale, self.folder
+        )
+        if self.folder is not None and self.checkpoint is not None:
+            trainer.dictionary.save(self.folder / "dictionary")
+            summary = {
+                "format": _FORMAT,
+                **self.identity,
+                "run_id": self.id,
+                "steps": trainer.step,
+                "scale": trainer.scale,
+                "target_scale": trainer.target_scale,
+                "input_norms": trainer.input_norms,
+                "health": sentences,
+            }
+            write_json(self.folder / "training.json", summary)
+            if not config.keep_checkpoint:
+                _remove(self.checkpoint)
+        return result
+
+
+def _finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, identity: dict[str, Any]) -> Trained:
+    """The result of a training that ended before, with its weights put into ``dictionary``."""
+    summary = read_json(folder / "training.json")
+    if not isinstance(summary, dict) or summary.get("format") != _FORMAT:
+        raise UnweaveError(f"{folder / 'training.json'} is not of format {_FORMAT!r}")
+    _refuse_other(identity, summary, folder, "finished")
+    saved = Dictionary.load(folder / "dictionary")
+    dictionary.load_state_dict(saved.state_dict())
+    if not config.keep_checkpoint:
+        _remove(folder / "checkpoints" / "latest.safetensors")
+    return Trained(
+        dictionary.eval(),
+        read_metrics(folder / "metrics.jsonl"),
+        summary["health"],
+        config,
+        summary["scale"],
+        summary["target_scale"],
+        folder,
+    )
+
+
+def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any], where: Path, state: str) -> None:
+    """Raise unless both describe the same training; a field a config no longer has counts as different."""
+    harmless = TrainingConfig.HARMLESS
+    found = []
+    for part in ("config", "dictionary", "data"):
+        mine, other = ours[part], theirs.get(part)
+        if not isinstance(mine, dict) or not isinstance(other, dict):
+            mine, other = {part: mine}, {part: other}
+        for name in sorted(mine.keys() | other.keys()):
+            if mine.get(name) != other.get(name) and not (part == "config" and name in harmless):
+                found.append(f"{name}: there {other.get(name)!r}, now {mine.get(name)!r}")
+    if found:
+        raise UnweaveError(
+            f"{where} ({state}) belongs to another training: {'; '.join(found)}. Use the old values to go on with "
+            "it, choose another folder, or delete it to start anew."
+        )
+
+
+def _remove(checkpoint: Path) -> None:
+    checkpoint.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in there: leave the folder
+        checkpoint.parent.rmdir()
+
+
+def _note(line: dict[str, Any]) -> str:
+    return f"loss {line['loss']:.4g}  fvu {line['fvu']:.3f}  l0 {line['l0']:.1f}  dead {line['dead_share']:.1%}"
+
+
+@contextlib.contextmanager
+def _private_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch for the training alone; the caller's random state is as before afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _precision(precision: str) -> Iterator[None]:
+    """Allow TF32 matrix products on NVIDIA cards for the training alone."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, wanted = ("fp32_precision", {"tf32": "tf32", "float32": "ieee"}[precision])
+    if not hasattr(matmul, name):  # before torch 2.9
+        name, wanted = "allow_tf32", precision == "tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
