@@ -1,0 +1,15 @@
+"""Where activations come from."""
+
+from unweave.sources._base import Source as Source
+from unweave.sources.arrays import ArraySource as ArraySource
+from unweave.sources.assets import demo_documents as demo_documents
+from unweave.sources.assets import demo_model as demo_model
+from unweave.sources.assets import fetch_wheel as fetch_wheel
+from unweave.sources.documents import Documents as Documents
+from unweave.sources.documents import read_documents as read_documents
+from unweave.sources.language_model import LanguageModel as LanguageModel
+from unweave.sources.modules import ModuleSource as ModuleSource
+from unweave.sources.sites import Site as Site
+from unweave.sources.sites import find_site as find_site
+from unweave.sources.sites import list_sites as list_sites
+from unweave.sources.text import TextSource as TextSource

@@ -1,0 +1,40 @@
+"""What every source is: batches of activation rows, in a fixed order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from unweave.batch import ActivationBatch
+
+
+class Source(ABC):
+    """Where activations come from: something that yields the same batches whoever asks.
+
+    Rows are on the CPU, in the dtype they were computed in. ``d_in`` is the width of ``batch.input``, ``d_out`` of
+    ``batch.target``; ``provenance`` says, in JSON-able values, everything the rows depend on, so two sources with
+    equal provenance yield equal rows.
+    """
+
+    @property
+    @abstractmethod
+    def d_in(self) -> int:
+        """Width of the input rows."""
+
+    @property
+    @abstractmethod
+    def d_out(self) -> int:
+        """Width of the target rows."""
+
+    @property
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """What the rows depend on (model, site, data, ...), JSON-able."""
+
+    @abstractmethod
+    def batches(self, skip: int = 0) -> Iterator[ActivationBatch]:
+        """The batches from number ``skip`` on. The model is not run for the ones skipped."""
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self.batches()

