@@ -31,6 +31,15 @@ def test_slicing_equals_slicing_the_dense_matrix(dense, rows):
     assert torch.equal(SparseCode.from_dense(dense)[rows].dense(), expected)
 
 
+def test_row_numbers_of_every_kind_and_none_out_of_range(dense):
+    code = SparseCode.from_dense(dense)
+    for number in (np.int64(3), torch.tensor(3), torch.tensor(-6)):
+        assert torch.equal(code[number].dense(), dense[3][None])
+    for wrong in (9, -10, [0, 9], torch.tensor([-10])):
+        with pytest.raises(IndexError):
+            code[wrong]
+
+
 def test_boolean_mask_and_iteration(dense):
     code = SparseCode.from_dense(dense)
     mask = torch.arange(9) % 2 == 0

@@ -16,11 +16,9 @@ def blocks(document: Path) -> list[str]:
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_tour_runs(demo_run, tmp_path, monkeypatch):
-    from unweave.sources import assets
-
     shutil.copytree(demo_run, tmp_path / "unweave-demo", ignore=shutil.ignore_patterns("activations"))
     monkeypatch.chdir(tmp_path)
-    names = {"model_path": assets.demo_model()}
+    names: dict = {}
     for number, block in enumerate(blocks(ROOT / "docs" / "tour.md")):
         exec(compile(block, f"docs/tour.md, block {number}", "exec"), names)
 

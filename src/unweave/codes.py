@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -203,7 +204,8 @@ class SparseCode:
 
     def __getitem__(self, rows: int | slice | Tensor | Sequence[int]) -> SparseCode:
         """Rows by number, slice, boolean mask or list; always a SparseCode (one row for one number)."""
-        if isinstance(rows, int):
+        if isinstance(rows, SupportsIndex) and getattr(rows, "ndim", 0) == 0:  # also numpy integers
+            rows = operator.index(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"row {rows} of a code with {len(self)} rows")
             rows = rows % len(self)
@@ -223,6 +225,8 @@ class SparseCode:
             if len(rows) != len(self):
                 raise IndexError(f"mask of {len(rows)} for a code with {len(self)} rows")
             rows = rows.nonzero().squeeze(1)
+        if len(rows) and (int(rows.min()) < -len(self) or int(rows.max()) >= len(self)):
+            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} of a code with {len(self)} rows")
         rows = torch.where(rows < 0, rows + len(self), rows).long()
         counts = self.offsets[rows + 1] - self.offsets[rows]
         offsets = torch.zeros(len(rows) + 1, dtype=torch.long, device=self.device)
@@ -243,16 +247,16 @@ class SparseCode:
 
     def top(self, n: int = 10) -> list[tuple[int, float]]:
         """The ``n`` features with the largest absolute value in any row, as ``(feature, value)``, largest first."""
-        if self.nnz == 0:
-            return []
-        best = torch.zeros(self.n_features, device=self.device)
-        best.scatter_reduce_(0, self.indices.long(), self.values.detach().float().abs(), "amax")
-        order = best.argsort(descending=True, stable=True)[:n]
-        return [(int(f), float(self._signed_peak(int(f)))) for f in order if best[f] > 0]
+        peaks = self.peaks()
+        order = peaks.abs().argsort(descending=True, stable=True)[:n]
+        return [(int(f), float(peaks[f])) for f in order if peaks[f] != 0]
 
-    def _signed_peak(self, feature: int) -> Tensor:
-        values = self.values[self.indices == feature]
-        return values[values.abs().argmax()]
+    def peaks(self) -> Tensor:
+        """``(n_features,)`` float32, each feature's value of largest magnitude in any row, with its sign."""
+        features, values = self.indices.long(), self.values.detach().float()
+        size = torch.zeros(self.n_features, device=self.device).scatter_reduce_(0, features, values.abs(), "amax")
+        at_peak = values.abs() == size[features]
+        return torch.zeros_like(size).index_put_((features[at_peak],), values[at_peak])
 
     # ---- files ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,8 +79,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UnweaveError(f"no recipe at {path}: give the path of a YAML file") from None
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        raise UnweaveError(f"no recipe at {path}{reason}: give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnweaveError(f"{path} is not valid YAML: {error}") from None
     if values is None:
@@ -91,7 +93,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Set ``a.b=value`` entries in nested dictionaries; the value is read as YAML (so 1e-3, true, [1, 2])."""
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:

@@ -14,6 +14,10 @@ class UnweaveError(Exception):
     """
 
 
+class NoText(UnweaveError):
+    """A split of the documents gives not one context to run the model on."""
+
+
 def near_names(name: str, known: Iterable[str], n: int = 4) -> str:
     """A hint such as ``did you mean 'layers.12', 'layers.2'?`` for a misspelt name, or the start of the list."""
     known = list(known)

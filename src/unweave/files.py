@@ -120,3 +120,30 @@ def cache_dir() -> Path:
     if named := os.environ.get("UNWEAVE_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unweave"
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnweaveError(f"cannot write {folder}: {error.strerror or error}") from None
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; two processes in one folder are then the user's to avoid
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UnweaveError(
+                f"another process is writing into {folder}: wait for it, or choose another folder"
+            ) from None
+        except OSError:  # some network file systems cannot lock
+            pass
+        yield
+    finally:
+        os.close(handle)

@@ -181,7 +181,7 @@ def test_two_harvests_do_not_write_into_one_folder(tmp_path, fake_source):
 
     def meanwhile(i: int) -> None:
         if i == 2:
-            with pytest.raises(UnweaveError, match="another harvest is writing"):
+            with pytest.raises(UnweaveError, match="another process is writing"):
                 harvest(fake_source(), tmp_path, n_rows=200)
             refused.append(i)
 

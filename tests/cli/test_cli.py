@@ -128,7 +128,10 @@ def test_a_transcoder_from_one_site_to_another(tiny_model, corpus, tmp_path):
         (["train", "--model", "{model}", "--site", "layers.1", "--data", "{binary}"], "binary|UTF-8"),
         (["train", "--model", "{model}", "--site", "layers.1", "--data", "nothing.txt"], "nothing.txt"),
         (["train", "--model", "{model}", "--site", "layers.1", "--data", "{corpus}", "--arch", "top"], "'topk'"),
-        (["train", "--model", "{model}", "--site", "layers.1", "--data", "{corpus}", "data.fild=x"], "unknown key 'fild'"),
+        (
+            ["train", "--model", "{model}", "--site", "layers.1", "--data", "{corpus}", "data.fild=x"],
+            "unknown key 'fild'",
+        ),
         (["train", "missing.yaml"], "no recipe at missing.yaml"),
         (["train", "--store", "missing"], "missing"),
         (["open", "missing"], "no folder missing"),

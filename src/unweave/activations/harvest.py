@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from unweave.activations._manifest import load_manifest, plain_json
 from unweave.activations._shard import ShardBuilder
 from unweave.activations.store import ActivationStore
 from unweave.errors import UnweaveError
+from unweave.files import only_writer
 from unweave.progress import track
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def harvest(
         raise UnweaveError(f"harvest: expected n_rows of at least 1, found {n_rows}")
     folder = Path(folder)
     provenance = plain_json({**source.provenance, **(provenance_extra or {})})
-    with _only_writer(folder):
+    with only_writer(folder):
         store = _existing(folder, source, provenance)
         if store is not None:
             _repair(store, source)
@@ -111,30 +110,3 @@ def _repair(store: ActivationStore, source: Source) -> None:
                 "data changed? The other shards are kept"
             )
         store.put_shard(index, shard, complete=store.complete)
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnweaveError(f"cannot write {folder}: {error.strerror or error}") from None
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two harvests into one folder are then the user's to avoid
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnweaveError(
-                f"another harvest is writing into {folder}: wait for it, or choose another folder"
-            ) from None
-        except OSError:  # some network file systems cannot lock
-            pass
-        yield
-    finally:
-        os.close(handle)

@@ -15,6 +15,7 @@ def main() -> None:
     except UnweaveError as error:
         print(f"unweave: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("unweave: stopped; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C, which the command line library turns into an exit
+            print("unweave: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ def show(renderable: RenderableType) -> None:
     Console().print(renderable)
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """``500k``, ``1.5M`` or ``500000`` as a number."""
     units = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
     cleaned = text.strip().lower().replace("_", "").replace(",", "")
@@ -34,8 +35,8 @@ def count(text: str) -> int:
         number = float(cleaned.rstrip("kmbg")) * unit
     except ValueError:
         raise typer.BadParameter(f"expected a number such as 500k or 2M, found {text!r}") from None
-    if number < 1:
-        raise typer.BadParameter(f"expected at least 1, found {text!r}")
+    if not (math.isfinite(number) and number >= least):
+        raise typer.BadParameter(f"expected at least {least}, found {text!r}")
     return round(number)
 
 

@@ -36,7 +36,6 @@ def demo(
         f"demo: {recipe.dictionary.arch} dictionary, expansion {recipe.dictionary.expansion:g}, "
         f"k={recipe.dictionary.options.get('k')}, of {recipe.model.name} at {recipe.source.site}"
     )
-    pipeline = Pipeline(recipe, out, say)
-    pipeline.run()
-    show(pipeline.evaluate().table())
+    if (evaluation := Pipeline(recipe, out, say).run()) is not None:
+        show(evaluation.table())
     say(f"\ndone in {time.monotonic() - started:.0f} s. Look at the features: unweave open {out}")

@@ -18,11 +18,11 @@ def evaluate(
     from unweave.runs.recipe import EvaluationRecipe, Recipe
     from unweave.workflows import Pipeline
 
-    recipe = Recipe.read(folder / "recipe.yaml", {}, [])
+    recipe = Recipe.of_run(folder)
     pipeline = Pipeline(recipe, folder, say)
     settings = recipe.evaluation or EvaluationRecipe()
     if tokens:
         settings = settings.replace(tokens=count(tokens))
     if loss_tokens:
-        settings = settings.replace(loss_tokens=count(loss_tokens))
+        settings = settings.replace(loss_tokens=count(loss_tokens, least=0))
     show(pipeline.evaluate(settings, force=bool(tokens or loss_tokens)).table())

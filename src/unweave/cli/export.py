@@ -28,7 +28,7 @@ def _numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise typer.BadParameter(f"expected numbers such as 1,2,3 or 10-20, found {text!r}")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers

@@ -18,7 +18,7 @@ def index(
     from unweave.runs.recipe import IndexRecipe, Recipe
     from unweave.workflows import Pipeline
 
-    recipe = Recipe.read(folder / "recipe.yaml", {}, [])
+    recipe = Recipe.of_run(folder)
     settings = recipe.index or IndexRecipe()
     if tokens:
         settings = settings.replace(tokens=count(tokens))

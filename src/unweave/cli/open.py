@@ -11,7 +11,7 @@ from unweave.cli._say import RunFolder, say
 
 def open_run(
     folder: RunFolder,
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8765,
     host: Annotated[
         str, typer.Option(help="Address to listen on; anything but loopback needs the printed token.")
     ] = "127.0.0.1",

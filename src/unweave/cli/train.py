@@ -39,6 +39,7 @@ def train(
     stream: Annotated[
         bool | None, typer.Option("--stream/--store-activations", help="Make activations on the fly.")
     ] = None,
+    track: Annotated[list[str] | None, typer.Option(help="Also log to wandb or tensorboard.")] = None,
     out: Annotated[Path, typer.Option(help="The run folder to write, or to continue.")] = Path("run"),
     skip_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate at the end.")] = False,
     skip_index: Annotated[bool, typer.Option("--no-index", help="Do not build the feature store at the end.")] = False,
@@ -67,6 +68,7 @@ def train(
             source__tokens=count(tokens) if tokens else None,
             source__stream=stream,
             store=str(store) if store else None,
+            trackers=track,
             dictionary__arch=arch,
             dictionary__expansion=expansion,
             dictionary__n_features=n_features,
@@ -78,14 +80,13 @@ def train(
     )
     if k is not None:
         option = get(recipe.dictionary.arch).sparsity_option(k)
-        options = {**recipe.dictionary.options, **option}
+        options = {**{o: v for o, v in recipe.dictionary.options.items() if o not in ("k", "target_l0")}, **option}
         recipe = recipe.replace(dictionary=recipe.dictionary.replace(options=options))
     if skip_eval:
         recipe = recipe.replace(evaluation=None)
     if skip_index:
         recipe = recipe.replace(index=None)
     pipeline = Pipeline(recipe, out, say)
-    pipeline.run()
-    if recipe.evaluation:
-        show(pipeline.evaluate().table())
+    if (evaluation := pipeline.run()) is not None:
+        show(evaluation.table())
     say(f"\nrun written to {out}. Look at it with: unweave open {out}")

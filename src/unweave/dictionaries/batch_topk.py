@@ -16,7 +16,8 @@ from unweave.kernels.select.reference import select_above, select_batch_topk, se
 class BatchTopKConfig(TopKConfig):
     """
     Attributes:
-        threshold_rate: how fast the inference threshold follows the batch threshold (1 - beta of its moving average).
+        threshold_rate: how fast the inference threshold follows the batch threshold (1 - beta of its moving average);
+            early on it follows faster, over the last fifth of the steps so far, so that short runs get theirs right.
     """
 
     threshold_rate: float = Field(0.01, gt=0, le=1)
@@ -34,10 +35,12 @@ class BatchTopK(TopK):
     citation = "Bussmann, Leask, Nanda 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
 
     threshold: Tensor
+    n_updates: Tensor
 
     def __init__(self, config: BatchTopKConfig) -> None:
         super().__init__(config)
         self.register_buffer("threshold", torch.tensor(-1.0))
+        self.register_buffer("n_updates", torch.tensor(0))
 
     def select(self, scores: Tensor) -> Pattern:
         if self.training:
@@ -52,11 +55,9 @@ class BatchTopK(TopK):
         assert loss.code is not None
         if loss.code.nnz == 0:
             return
-        smallest = loss.code.values.min()
-        if float(self.threshold) < 0:
-            self.threshold.copy_(smallest)
-        else:
-            self.threshold.lerp_(smallest.to(self.threshold.dtype), self.config.threshold_rate)
+        rate = max(self.config.threshold_rate, 5 / (5 + int(self.n_updates)))
+        self.threshold.lerp_(loss.code.values.min().to(self.threshold.dtype), rate)
+        self.n_updates.add_(1)
 
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from unweave.codes import SparseCode
@@ -37,6 +37,12 @@ class JumpReLUConfig(LinearConfig):
     bandwidth: PositiveFloat = 1e-3
     initial_threshold: PositiveFloat | None = None
     sparsity_warmup: float = Field(0.05, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> JumpReLUConfig:
+        if self.penalty == "target" and self.target_l0 > self.n_features:
+            raise ValueError(f"target_l0 must be at most n_features = {self.n_features}")
+        return self
 
 
 class _Jump(torch.autograd.Function):

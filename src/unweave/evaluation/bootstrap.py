@@ -21,12 +21,22 @@ class Estimate:
     version: int
 
     def __str__(self) -> str:
+        return f"{self.shown} {self.interval}".rstrip()
+
+    @property
+    def shown(self) -> str:
+        """The value, to as many digits as its interval warrants."""
         if np.isnan(self.value):
             return "-"
-        if np.isnan(self.low):
-            return _digits(self.value, self.value)
+        return _digits(self.value, self.value if np.isnan(self.low) else self.high - self.low)
+
+    @property
+    def interval(self) -> str:
+        """``[low, high]``, or nothing where there is none."""
+        if np.isnan(self.value) or np.isnan(self.low):
+            return ""
         width = self.high - self.low
-        return f"{_digits(self.value, width)} [{_digits(self.low, width)}, {_digits(self.high, width)}]"
+        return f"[{_digits(self.low, width)}, {_digits(self.high, width)}]"
 
 
 def estimate(sums: GroupedSums, n_bootstrap: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, Estimate]:

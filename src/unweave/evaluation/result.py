@@ -101,11 +101,13 @@ class Evaluation:
 
     def table(self) -> Table:
         """A rich table: one metric a line, the baselines beside the dictionary."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title="Evaluation", caption=self.caption())
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=self.caption())
+        table.caption_justify = "left"
         for column in self._header():
-            table.add_column(column, no_wrap=column == "metric")
+            table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
         for row in self._rows():
             table.add_row(*row)
         return table
@@ -128,15 +130,15 @@ class Evaluation:
         return f"<table><caption>{html.escape(self.caption())}</caption>{line(self._header(), 'th')}{body}</table>"
 
     def _header(self) -> list[str]:
-        return ["metric", "dictionary", *self.baselines]
+        return ["metric", "value", "95 % interval", *self.baselines]
 
     def _rows(self) -> list[list[str]]:
         arrows = {"low": " ↓", "high": " ↑", "": ""}
         rows = []
         for name, value in self.metrics.items():
             arrow = arrows[METRICS[name].better] if name in METRICS else ""
-            others = [str(metrics[name]) if name in metrics else "" for metrics in self.baselines.values()]
-            rows.append([name + arrow, str(value), *others])
+            others = [metrics[name].shown if name in metrics else "" for metrics in self.baselines.values()]
+            rows.append([name + arrow, value.shown, value.interval, *others])
         return rows
 
 

@@ -25,6 +25,6 @@ __all__ = [
 
 def feature_card_html(feature: Feature, link: Any = None) -> str:
     """One feature as self-contained HTML; ``link`` is a prefix such as ``"/features/"`` or a function of the number."""
-    from unweave.features import _card  # jinja2, imported where a card is wanted
+    from unweave.features.card.page import feature_card_html  # jinja2, imported where a card is wanted
 
-    return _card.feature_card_html(feature, link)
+    return feature_card_html(feature, link)

@@ -284,7 +284,7 @@ class Feature:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from unweave.features._card import feature_card_html
+        from unweave.features.card import feature_card_html
 
         return feature_card_html(self)
 

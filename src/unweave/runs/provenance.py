@@ -46,9 +46,11 @@ def _processor() -> str:
 def update_provenance(folder: Path, **facts: Any) -> dict[str, Any]:
     """Add facts to ``provenance.json``; groups such as ``stages`` are merged key by key."""
     path = folder / "provenance.json"
-    values = read_json(path) if path.is_file() else {"format": "unweave.provenance/1", "started": now()}
+    begun: dict[str, Any] = {"format": "unweave.provenance/1", "started": now()}
+    values: dict[str, Any] = read_json(path) if path.is_file() else begun
     for key, fact in facts.items():
-        values[key] = {**values[key], **fact} if isinstance(values.get(key), dict) and isinstance(fact, dict) else fact
+        there = values.get(key)
+        values[key] = {**there, **fact} if isinstance(there, dict) and isinstance(fact, dict) else fact
     write_json(path, values)
     return values
 

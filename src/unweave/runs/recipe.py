@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unweave.config import Config, apply_overrides, read_yaml
 from unweave.errors import UnweaveError
@@ -85,7 +85,7 @@ class EvaluationRecipe(Config):
     """
 
     tokens: PositiveInt = 32_768
-    loss_tokens: int = Field(8192, ge=0)
+    loss_tokens: NonNegativeInt = 8192
     baselines: bool = True
     n_bootstrap: PositiveInt = 1000
 
@@ -100,7 +100,7 @@ class Recipe(Config):
     """Everything that decides a run.
 
     ``store`` names an ActivationStore made earlier; the model, data and source it was made with are then its own
-    and need not be repeated.
+    and need not be repeated. ``trackers`` also send the training log to Weights & Biases or TensorBoard.
     """
 
     model: ModelRecipe
@@ -111,34 +111,66 @@ class Recipe(Config):
     evaluation: EvaluationRecipe | None = EvaluationRecipe()
     index: IndexRecipe | None = IndexRecipe()
     store: str | None = None
+    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
 
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:
         """A YAML file (or nothing), with values given on the command line, then ``key=value`` overrides on top."""
         values = read_yaml(path) if path else {}
-        values = _merge(values, given)
-        values = apply_overrides(values, overrides)
+        values = apply_overrides(_merge(values, given), overrides)
+        for group in ("model", "data", "source"):
+            if not isinstance(values.get(group, {}), dict):
+                raise UnweaveError(f"{group}: expected a group of keys, found {values[group]!r}")
         if values.get("store"):
-            values = _with_store(values, values["store"])
-        return cls.from_dict(values)
+            values = _with_store(values, str(values["store"]))
+        return cls.from_dict(_with_whole_paths(values))
 
+    @classmethod
+    def of_run(cls, folder: str | Path) -> Recipe:
+        """The recipe a run folder was made with.
 
-def recipe_of_store(folder: str) -> dict[str, Any]:
-    """The model, data and source an ActivationStore was made with, as the start of a recipe."""
-    from unweave.activations import ActivationStore
-
-    return dict(ActivationStore.open(folder).provenance.get("recipe", {}))
+        Raises:
+            UnweaveError: when the folder is not a run, or one without a model.
+        """
+        path = Path(folder) / "recipe.yaml"
+        if not path.is_file():
+            raise UnweaveError(
+                f"{folder} holds no recipe.yaml: give a folder that `unweave train` or `unweave demo` wrote"
+            )
+        return cls.from_dict(read_yaml(path))
 
 
 def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """The store's own model, data and source, which the user may repeat but not contradict."""
-    made_with = recipe_of_store(folder)
-    for group in ("model", "source"):
-        for key in ("name", "site", "target_site"):
-            ours, theirs = values.get(group, {}).get(key), made_with.get(group, {}).get(key)
-            if ours is not None and ours != theirs:
-                raise UnweaveError(f"{folder} was harvested at {theirs}, not {ours}: leave {group}.{key} out")
+    from unweave.activations import ActivationStore
+
+    store = ActivationStore.open(folder)
+    made_with = dict(store.provenance.get("recipe", {}))
+    if not made_with:
+        raise UnweaveError(f"{folder} was not made by `unweave harvest`: train from it with unweave.fit(store)")
+    for group, theirs in made_with.items():
+        for key, ours in _with_whole_paths(values).get(group, {}).items():
+            if key in theirs and key != "device" and ours != theirs[key]:
+                raise UnweaveError(
+                    f"{folder} was harvested with {group}.{key} {theirs[key]!r}, not {ours!r}: leave it out"
+                )
+    made_with["source"] = {**made_with["source"], "tokens": store.n_rows}
     return _merge(made_with, values)
+
+
+def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths that exist, made absolute: a run must work from wherever it is opened."""
+
+    def whole(name: Any) -> Any:
+        return str(Path(name).resolve()) if isinstance(name, str) and name and Path(name).exists() else name
+
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for group, key in (("model", "name"), ("data", "documents")):
+        if isinstance(values.get(group), dict) and key in values[group]:
+            values[group][key] = whole(values[group][key])
+    if values.get("store"):
+        values["store"] = whole(values["store"])
+    return values
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +178,6 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)
-        elif value is not None:
+        else:
             merged[key] = value
     return merged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,12 +113,10 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the training log."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        with open(path, encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+        """The lines of the training log, also of a training still going on."""
+        from unweave.training import read_metrics
+
+        return read_metrics(self.folder / "metrics.jsonl")
 
     @cached_property
     def dictionary(self) -> Dictionary:

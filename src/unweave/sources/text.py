@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unweave.batch import ActivationBatch, Items
-from unweave.errors import UnweaveError, near_names
+from unweave.errors import NoText, UnweaveError, near_names
 from unweave.sources._base import Source
 from unweave.sources._contexts import Plan, Split, pad, to_items
 from unweave.sources.documents import Documents
@@ -180,7 +180,7 @@ class TextSource(Source):
         batches = self.plan.batches()
         first = next(batches, None)
         if first is None:
-            raise UnweaveError(
+            raise NoText(
                 f"no text to run the model on: no context of at least {self.plan.min_tokens} tokens in the "
                 f"{self.plan.split!r} split of {self.documents.describe()}. Give more or longer documents, lower "
                 "min_tokens, or use split='all'"

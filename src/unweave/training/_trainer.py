@@ -33,7 +33,7 @@ class Trainer:
         self.step = 0
         self.scale, self.target_scale = 1.0, None
         self.input_norms: dict[str, float] = {}
-        self.lr = config.lr or dictionary.default_lr()
+        self.lr = config.lr or dictionary.default_lr() * config.lr_boost
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(
             list(self.parameters.values()),

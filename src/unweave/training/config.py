@@ -16,7 +16,8 @@ class TrainingConfig(Config):
     Attributes:
         n_rows: activation rows to train on in all, rounded up to whole batches.
         batch_size: rows a step.
-        lr: Adam's learning rate at its highest; the dictionary's own default when None.
+        lr: Adam's learning rate at its highest. None: the dictionary's own default, which is meant for long runs,
+            times :attr:`lr_boost` for short ones.
         warmup: linear rise of the learning rate: a share of all steps (below 1) or a number of steps.
         decay: the last share of all steps, over which the learning rate falls linearly to 0.
         grad_clip: largest global norm of the gradients; None leaves them alone.
@@ -40,9 +41,9 @@ class TrainingConfig(Config):
     batch_size: PositiveInt = 2048
     lr: PositiveFloat | None = None
     warmup: NonNegativeFloat = 0.05
-    decay: float = Field(0.2, ge=0, le=1)
+    decay: float = Field(default=0.2, ge=0, le=1)
     grad_clip: PositiveFloat | None = 1.0
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     normalise_input: bool = True
     ring_rows: PositiveInt = 65_536
     dead_after: PositiveInt | None = None
@@ -65,6 +66,17 @@ class TrainingConfig(Config):
         if self.dead_after is not None:
             return self.dead_after
         return min(10_000_000, max(50 * self.batch_size, self.n_rows // 20))
+
+    @property
+    def lr_boost(self) -> float:
+        """How much more than a dictionary's default rate a short run gets: ``sqrt(50,000 / steps)``, from 1 to 8.
+
+        Published rates are for some 100 million rows and more; with a thousand steps they leave a dictionary far from
+        trained. On SmolLM2-135M (layer 12, 4,608 features, k = 32, 977 steps of 2,048 rows) the training FVU ended at
+        0.245 with the plain default, and at 0.206, 0.181 and 0.166 with 2.1, 4.2 and 8.5 times that. With 245 steps 17
+        times gave 23 % dead features, 8.5 times 1 %: hence the cap.
+        """
+        return min(8.0, max(1.0, (50_000 / self.n_steps) ** 0.5))
 
     @property
     def log_steps(self) -> int:

@@ -17,7 +17,7 @@ from unweave.activations.ring import ShuffleRing
 from unweave.activations.stream import RowStream
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
-from unweave.files import read_json, write_json
+from unweave.files import only_writer, read_json, write_json
 from unweave.progress import track
 from unweave.training._trainer import Trainer
 from unweave.training.checkpoint import read_checkpoint, write_checkpoint
@@ -91,9 +91,13 @@ def train(
         "data": json.loads(json.dumps(stream.data.provenance)),  # as it will be read back
     }
     trackers = make_trackers(trackers)
-    if folder is not None and (folder / "training.json").is_file():
-        return _finished(folder, dictionary, config, identity)
-    with _private_rng(dictionary.device, config.seed), _precision(config.precision):
+    with contextlib.ExitStack() as held:
+        if folder is not None:
+            held.enter_context(only_writer(folder))
+            if (folder / "training.json").is_file():
+                return _finished(folder, dictionary, config, identity)
+        held.enter_context(_private_rng(dictionary.device, config.seed))
+        held.enter_context(_precision(config.precision))
         trainer = Trainer(dictionary, _ring(stream, config, dictionary.device), config)
         run = _Run(trainer, folder, identity)
         try:

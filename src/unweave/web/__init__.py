@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unweave.features._card import feature_card_html
+    from unweave.features import feature_card_html
     from unweave.web._app import create_app
     from unweave.web._export import export_html
     from unweave.web._serve import serve
@@ -19,7 +19,7 @@ __all__ = ["create_app", "export_html", "feature_card_html", "serve"]
 _HOMES = {
     "create_app": "unweave.web._app",
     "export_html": "unweave.web._export",
-    "feature_card_html": "unweave.features._card",
+    "feature_card_html": "unweave.features",
     "serve": "unweave.web._serve",
 }
 

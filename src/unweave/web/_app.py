@@ -36,7 +36,8 @@ def create_app(run: Any, *, token: str | None = None, allowed_hosts: Iterable[st
     # The interactive documentation would load scripts from elsewhere.
     app = FastAPI(title=f"unweave: {overview.name}", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.overview, app.state.encoder = overview, encoder
-    app.mount("/static", _Kept(StaticFiles(packages=[("unweave.web", "static")])), name="static")
+    static = StaticFiles(packages=[("unweave.web", "static"), ("unweave.features.card", "static")])
+    app.mount("/static", _Kept(static), name="static")
     app.include_router(_api.router(run, overview, encoder))
     app.include_router(_pages.router(run, overview, encoder))
     _pages.add_error_pages(app, overview)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from unweave.web import _charts
+from unweave.features.card.charts import histogram
+from unweave.features.card.formatting import number, percent
+from unweave.web._charts import line_chart
 from unweave.web._encoder import last_part, model_name
-from unweave.web._format import number, percent, words
 
 # name in evaluation.json: (label, better, shown as a percentage, what it means)
 MEASURES: dict[str, tuple[str, str, bool, str]] = {
@@ -75,7 +76,7 @@ def results(evaluation: Mapping[str, Any] | None) -> Results | None:
     order = [key for key in MEASURES if key in measured] + sorted(key for key in measured if key not in MEASURES)
     rows = []
     for key in order:
-        label, better, share, meaning = MEASURES.get(key, (words(key), "", False, ""))
+        label, better, share, meaning = MEASURES.get(key, (_words(key), "", False, ""))
         rivals = [_cell(values.get(key), share) for values in baselines.values()]
         rows.append(Measure(key, label, better, meaning, _cell(measured[key], share), rivals))
     data = (evaluation or {}).get("data") or {}
@@ -84,12 +85,12 @@ def results(evaluation: Mapping[str, Any] | None) -> Results | None:
     ]
     text = " of ".join(counted)
     if split := data.get("split"):
-        text = f"{text}, {words(str(split))}" if text else words(str(split))
+        text = f"{text}, {_words(str(split))}" if text else _words(str(split))
     return Results([_rival_name(name) for name in baselines], rows, text)
 
 
 def _rival_name(name: str) -> str:
-    return {"pca": "PCA", "random": "random directions", "neurons": "neurons"}.get(name, words(name))
+    return {"pca": "PCA", "random": "random directions", "neurons": "neurons"}.get(name, _words(name))
 
 
 def _cell(entry: Any, share: bool) -> Cell:
@@ -195,7 +196,7 @@ class Overview:
         values = self.run.dictionary.config.to_dict()
         plain = {k: v for k, v in values.items() if k not in ("d_in", "d_out", "n_features")}
         return [
-            (words(k), number(v) if isinstance(v, int | float) else str(v)) for k, v in plain.items() if v is not None
+            (_words(k), number(v) if isinstance(v, int | float) else str(v)) for k, v in plain.items() if v is not None
         ]
 
     @cached_property
@@ -221,7 +222,7 @@ class Overview:
                 for m in self.metrics
                 if isinstance(m.get(key), int | float) and isinstance(m.get("rows"), int | float)
             ]
-            if svg := _charts.line_chart(points, name=title):
+            if svg := line_chart(points, name=title):
                 drawn.append((title, svg))
         return drawn
 
@@ -252,7 +253,7 @@ class DensityPicture:
             counts = np.histogram(logs, edges)[0]
             links = [f"/features?min_density={10**a:.6g}&max_density={10**b:.6g}" for a, b in pairwise(edges)]
             decades = [float(p) for p in range(math.floor(low), 1)]
-            svg = _charts.histogram(
+            svg = histogram(
                 edges.tolist(),
                 counts.tolist(),
                 name="Features by density",
@@ -297,3 +298,8 @@ def starting_points(store: Any, n: int, rng: np.random.Generator) -> Sequence[in
     """A few random live features to begin with."""
     live = live_features(store)
     return sorted(int(i) for i in rng.choice(live, size=min(n, len(live)), replace=False)) if len(live) else []
+
+
+def _words(name: str) -> str:
+    """``batch_topk`` as ``batch topk``: keys of a recipe as people would write them."""
+    return name.replace("_", " ")

@@ -10,8 +10,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from unweave.errors import UnweaveError
+from unweave.features.card import FeatureLines
 from unweave.web._encoder import MAX_CHARACTERS, MAX_TOKENS, Encoder
-from unweave.web._lines import FeatureLines
 from unweave.web._listing import SORTS, ListView
 from unweave.web._overview import Overview, live_features, starting_points
 from unweave.web._render import render
@@ -75,7 +75,6 @@ def router(run: Any, overview: Overview, encoder: Encoder) -> APIRouter:
             before=f.index - 1 if f.index > 0 else None,
             after=f.index + 1 if f.index < last else None,
             last=last,
-            n_rows=run.features.n_rows,
             names=lambda j: [text for text, _ in run.features[j].top_tokens],
             link=lambda j: f"/features/{j}",
             can_try=encoder.available,

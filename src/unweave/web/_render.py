@@ -1,4 +1,4 @@
-"""The Jinja environment every page, export and notebook card of this room is rendered with."""
+"""The Jinja environment of the site: its own templates, and those of a feature's card."""
 
 from __future__ import annotations
 
@@ -8,40 +8,19 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from unweave import __version__
-from unweave.web import _charts, _format, _lines
+from unweave.features.card import charts, page
 
-_STATIC = files("unweave.web") / "static"
+_FOLDERS = (files("unweave.web") / "static", page.STATIC)
 
 
 @cache
 def environment() -> Environment:
-    """Autoescape is on for everything: text from data never becomes markup."""
-    env = Environment(
-        loader=PackageLoader("unweave.web", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters.update(
-        number=_format.number,
-        value=_format.value,
-        percent=_format.percent,
-        share=lambda s: f"{s:.0%}",
-        one_in=_format.one_in,
-        visible=_format.visible,
-        chip=_format.chip,
-        direction=_format.direction,
-        cosine=lambda c: f"{c:.2f}".replace("-", "−"),
-        snippet_runs=_lines.snippet,
-        meter=_charts.meter,
-        density_meter=density_meter,
-        activation_histogram=activation_histogram,
-    )
+    env = page.new_environment(PackageLoader("unweave.web", "templates"))
+    env.filters.update(density_meter=density_meter)
     env.globals.update(static=static_url, version=__version__)
     return env
 
@@ -52,7 +31,8 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def static_text(name: str) -> str:
-    return (_STATIC / name).read_text(encoding="utf-8")
+    """A style sheet or script, of the site or of the card."""
+    return next(folder / name for folder in _FOLDERS if (folder / name).is_file()).read_text(encoding="utf-8")
 
 
 @cache
@@ -65,15 +45,4 @@ def static_url(name: str) -> str:
 def density_meter(density: float) -> Markup:
     """Density on a logarithmic bar from one in a million to one."""
     share = 1 + math.log10(density) / 6 if density > 0 else 0.0
-    return _charts.meter(max(share, 0.0), width=64)
-
-
-def activation_histogram(feature: Any) -> Markup:
-    edges, counts = feature.histogram
-    return _charts.histogram(
-        [float(e) for e in edges],
-        [float(c) for c in counts],
-        name="Values when it fires",
-        what="tokens",
-        edge_text=_format.number,
-    )
+    return charts.meter(max(share, 0.0), width=64)

@@ -53,7 +53,9 @@ def _run(folder: Path) -> tuple[str, Rows]:
         ]
     for name, entry in (run.evaluation or {}).get("metrics", {}).items():
         if entry.get("value") is not None:
-            rows.append((name, f"{entry['value']:.4g}  [{entry['low']:.4g}, {entry['high']:.4g}]"))
+            known = entry["low"] is not None
+            interval = f"  [{entry['low']:.4g}, {entry['high']:.4g}]" if known else ""
+            rows.append((name, f"{entry['value']:.4g}{interval}"))
     rows.append(("features", repr(run.features) if run.features is not None else "not indexed"))
     for stage, facts in run.provenance.get("stages", {}).items():
         rows.append((f"{stage} took", f"{facts['seconds']:.0f} s"))

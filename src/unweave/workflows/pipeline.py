@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unweave.batch import ActivationBatch
-from unweave.config import read_yaml
-from unweave.errors import UnweaveError
+from unweave.errors import NoText, UnweaveError
 from unweave.files import read_json
 from unweave.runs.opening import open_documents, open_model, open_source
 from unweave.runs.provenance import environment, now, update_provenance
@@ -36,23 +35,32 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe, folder: str | Path, say: Say = print) -> None:
         self.recipe, self.folder, self.say = recipe, Path(folder), say
-        self._write_recipe()
-        update_provenance(self.folder, **environment())
+        self._remeasure = False
+        if (self.folder / "recipe.yaml").is_file():
+            self._compare_recipes(Recipe.of_run(self.folder))
 
-    def _write_recipe(self) -> None:
-        path = self.folder / "recipe.yaml"
-        if not path.is_file():
-            self.recipe.to_yaml(path)
-            return
-        there = Recipe.from_dict(read_yaml(path))
-        changes = list(_differences(there.to_dict(), self.recipe.to_dict()))
+    def _compare_recipes(self, there: Recipe) -> None:
+        """Refuse a recipe that contradicts work already in the folder; what has not been used yet may change."""
+        trained = (self.folder / "training.json").is_file() or any(self.folder.glob("checkpoints/*.safetensors"))
+        harvested = (self.folder / "activations" / "manifest.json").is_file()
+        decided = {"model", "data", "source"} if harvested else set()
+        decided |= {"model", "data", "source", "store", "dictionary", "training"} if trained else set()
+        old, new = there.to_dict(), self.recipe.to_dict()
+        changes = list(_differences({k: old[k] for k in decided}, {k: new[k] for k in decided}))
+        changes = [c for c in changes if trained or c[0] != "source.tokens"]  # an unfinished store may still grow
         if changes:
-            name, old, new = changes[0]
+            name, before, now_ = changes[0]
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise UnweaveError(
-                f"{self.folder} was begun with another recipe: {name} is {old!r} there and {new!r} now{more}. "
+                f"{self.folder} was begun with another recipe: {name} is {before!r} there and {now_!r} now{more}. "
                 "Choose another folder with --out, or repeat the old settings to continue."
             )
+        self._remeasure = old["evaluation"] != new["evaluation"]
+
+    def _begin(self) -> None:
+        """Write down what is about to be done, once everything in it was found to make sense."""
+        self.recipe.to_yaml(self.folder / "recipe.yaml")
+        update_provenance(self.folder, **environment())
 
     # ---- what the stages share --------------------------------------------------------------------------------
 
@@ -86,22 +94,30 @@ class Pipeline:
 
     # ---- the stages -------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """All stages of the recipe."""
+    def run(self) -> Evaluation | None:
+        """All stages of the recipe; the evaluation, if there is one."""
         self.train()
+        evaluation = None
         if self.recipe.evaluation:
-            self.evaluate()
+            try:
+                evaluation = self.evaluate(force=self._remeasure)
+            except NoText as error:  # too little text to hold some out: the rest of the run is none the worse
+                self.say(f"note: not evaluated, since there is {error}")
         if self.recipe.index:
             self.index()
+        return evaluation
 
     def _harvest(self) -> ActivationStore:
         from unweave.activations import harvest
+        from unweave.training.trackers import make_trackers
 
         started, tokens = time.monotonic(), self.recipe.source.tokens
         folder = self.folder / "activations"
         _check_space(folder, tokens * (self.source.d_in + 4) * 2)
         self.say(f"site: {self.source.site.describe()}")
-        self._dictionary_config(self.source)  # a mistake in it should show before the work, not after
+        self._dictionary_config(self.source)  # mistakes should show before the work, not after
+        make_trackers(self.recipe.trackers)
+        self._begin()
         store = harvest(self.source, folder, n_rows=tokens, provenance_extra={"recipe": _source_of(self.recipe)})
         seconds = time.monotonic() - started
         self.say(f"harvested {store.n_rows:,} activations of {store.n_items:,} contexts in {seconds:.0f} s")
@@ -114,23 +130,26 @@ class Pipeline:
 
         from unweave.activations import RowStream
         from unweave.dictionaries import get
+        from unweave.sources import parse_device
         from unweave.training import train
 
         if (self.folder / "training.json").is_file():
             return self.dictionary
         recipe, store = self.recipe, self.store
-        origin = store or self.source
-        n_available = min(store.n_rows, recipe.source.tokens) if store else recipe.source.tokens
+        origin = self.source if store is None else store
+        n_available = min(store.n_rows, recipe.source.tokens) if store is not None else recipe.source.tokens
         config = recipe.training.resolve(n_available)
         torch.manual_seed(config.seed)
-        dictionary = get(recipe.dictionary.arch)(self._dictionary_config(origin))
+        dictionary = get(recipe.dictionary.arch)(self._dictionary_config(origin)).to(parse_device(recipe.model.device))
+        self._begin()
         update_provenance(self.folder, source=origin.provenance, seed=config.seed)
         self.say(
             f"training {dictionary.name}: {dictionary.d_in} -> {dictionary.n_features:,} features on "
             f"{config.n_rows:,} rows ({config.n_rows / n_available:.1f} passes over {n_available:,})"
         )
         started = time.monotonic()
-        trained = train(dictionary, RowStream(origin, seed=config.seed), config, self.folder)
+        stream = RowStream(origin, seed=config.seed)
+        trained = train(dictionary, stream, config, self.folder, trackers=recipe.trackers)
         self._timed("train", started, rows=config.n_rows)
         for line in trained.health:
             self.say(f"note: {line}")
@@ -183,8 +202,8 @@ class Pipeline:
         if (folder / "manifest.json").is_file() and not force:
             return FeatureStore.open(folder)
         settings = settings or self.recipe.index or IndexRecipe()
-        origin = self.store or self.source
-        n_rows = min(settings.tokens, self.store.n_rows if self.store else self.recipe.source.tokens)
+        origin = self.source if self.store is None else self.store
+        n_rows = min(settings.tokens, self.recipe.source.tokens if self.store is None else self.store.n_rows)
         started = time.monotonic()
         features = build_features(
             folder,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unweave.web._format import direction, plain
-from unweave.web._format import value as value_text
+from unweave.features.card.formatting import direction, plain
+from unweave.features.card.formatting import value as value_text
+
+if TYPE_CHECKING:
+    from unweave.features.feature import Context, Feature
+    from unweave.features.store import FeatureStore
 
 LEVELS = 10
 """Shades of a highlighted token; they are classes in the style sheet, since the pages allow no inline styles."""
@@ -155,26 +159,28 @@ class Interval:
 
 @dataclass(frozen=True)
 class FeatureLines:
-    """A feature with its contexts laid out, each with as much of its item as is shown."""
+    """A feature with its contexts laid out, each with as much of its item as is shown. ``n_rows``: of the store."""
 
-    feature: Any
+    feature: Feature
     top: list[Line]
     intervals: list[Interval]
+    n_rows: int
 
     @classmethod
-    def of(cls, store: Any, index: int) -> FeatureLines:
+    def of(cls, store: FeatureStore, index: int, around: int = AROUND) -> FeatureLines:
+        """Read and lay out a feature's contexts, with ``around`` tokens on each side in the long view."""
         feature = store[index]
         largest = feature.max_value
-        top = [lay_out(c, largest) for c in feature.contexts(before=AROUND, after=AROUND)]
+        top = [lay_out(c, largest) for c in feature.contexts(before=around, after=around)]
         intervals = [
-            Interval(q.low, q.high, [lay_out(whole(store, index, c), largest) for c in q.contexts])
+            Interval(q.low, q.high, [lay_out(wider(store, index, c, around), largest) for c in q.contexts])
             for q in feature.quantiles
         ]
-        return cls(feature, top, intervals)
+        return cls(feature, top, intervals, store.n_rows)
 
 
-def whole(store: Any, feature: int, context: Any) -> Any:
+def wider(store: FeatureStore, feature: int, context: Context, around: int) -> Context:
     """The same context with more of its item around it."""
     items = store.items
     token = int(items.offsets[context.item]) + context.position - int(items.start[context.item])
-    return store.context(feature, token, context.value, AROUND, AROUND)
+    return store.context(feature, token, context.value, around, around)

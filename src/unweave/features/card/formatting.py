@@ -149,8 +149,3 @@ def chip(text: str) -> Markup:
 def plain(text: str) -> str:
     """The same for places that take no markup (attributes, titles)."""
     return "".join(_glyph(c) or c for c in text)
-
-
-def words(name: str) -> str:
-    """``batch_topk`` as ``batch topk``: keys of a recipe as people would write them."""
-    return name.replace("_", " ")
