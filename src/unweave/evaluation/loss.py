@@ -82,7 +82,7 @@ def _recovered(floor: np.ndarray, spliced: np.ndarray, clean: np.ndarray) -> np.
         return (floor - spliced) / np.where(floor == clean, np.nan, floor - clean)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_loss(
     model: Any,
     batches: Iterable[ActivationBatch],

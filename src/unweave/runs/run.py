@@ -189,7 +189,7 @@ class Run:
         if not text.strip():
             raise UnweaveError("the text is empty: give at least one word to encode")
         tokens, rows = self._rows(text)
-        with torch.inference_mode():
+        with torch.no_grad():
             code = self.dictionary.encode(rows.float())
         vocabulary = self.model.token_bytes()
         return TextCode(decode_tokens([vocabulary[int(token)] for token in tokens]), code)
