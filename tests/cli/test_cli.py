@@ -163,3 +163,40 @@ def test_help_names_every_verb_and_its_options():
     listing = unweave("archs").stdout
     for arch in ("topk", "batch_topk", "jumprelu", "relu"):
         assert arch in listing
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_model, corpus, tmp_path):
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "unweave", "train", "--model", str(tiny_model), "--site", "layers.1"]
+    command += ["--data", str(corpus), "--passes", "5000", "--out", str(tmp_path / "run"), *SMALL]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    try:
+        log = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(600):
+            if log.is_file() and log.stat().st_size:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "the same command continues" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--tokens", "inf"], 2), (["--tokens", "nan"], 2), (["--tokens", "many"], 2)]
+)
+def test_odd_numbers_are_usage_errors(arguments, status):
+    done = unweave("harvest", "--model", "m", "--site", "s", "--data", "d", *arguments)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr

