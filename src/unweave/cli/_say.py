@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from unweave.runs.recipe import Recipe
+
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, as `unweave train` or `unweave demo` writes it.")]
 
 
@@ -38,6 +40,17 @@ def count(text: str, least: int = 1) -> int:
     if not (math.isfinite(number) and number >= least):
         raise typer.BadParameter(f"expected at least {least}, found {text!r}")
     return round(number)
+
+
+def read_recipe(settings: list[str] | None, **options: Any) -> Recipe:
+    """The recipe that a verb's arguments describe: a file, the options named, then ``key=value`` overrides."""
+    from unweave.runs.recipe import Recipe
+
+    files = [setting for setting in settings or [] if "=" not in setting]
+    if len(files) > 1:
+        raise typer.BadParameter(f"expected one recipe file, found {', '.join(files)}")
+    overrides = [setting for setting in settings or [] if "=" in setting]
+    return Recipe.read(files[0] if files else None, given(**options), overrides)
 
 
 def given(**values: Any) -> dict[str, Any]:

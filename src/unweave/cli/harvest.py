@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unweave.cli._say import count, given, say
+from unweave.cli._say import count, read_recipe, say
 
 
 def harvest(
@@ -28,21 +28,16 @@ def harvest(
 
     An interrupted harvest continues with the same command; asking for more tokens later extends the store.
     """
-    from unweave.runs.recipe import Recipe
     from unweave.workflows import harvest_only
 
-    files = [s for s in settings or [] if "=" not in s]
-    recipe = Recipe.read(
-        files[0] if files else None,
-        given(
-            model__name=model,
-            data__documents=data,
-            data__text_field=text_field,
-            source__site=site,
-            source__target_site=target_site,
-            source__tokens=count(tokens) if tokens else None,
-        ),
-        [s for s in settings or [] if "=" in s],
+    recipe = read_recipe(
+        settings,
+        model__name=model,
+        data__documents=data,
+        data__text_field=text_field,
+        source__site=site,
+        source__target_site=target_site,
+        source__tokens=count(tokens) if tokens else None,
     )
     store = harvest_only(recipe, out, say)
     say(f"{store!r}\ntrain from it with: unweave train --store {out}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unweave.cli._say import count, given, say, show
+from unweave.cli._say import count, read_recipe, say, show
 
 
 def train(
@@ -51,32 +51,25 @@ def train(
     The run folder holds everything; the same command continues a run that was interrupted.
     """
     from unweave.dictionaries import get
-    from unweave.runs.recipe import Recipe
     from unweave.workflows import Pipeline
 
-    files = [s for s in settings or [] if "=" not in s]
-    if len(files) > 1:
-        raise typer.BadParameter(f"expected one recipe file, found {', '.join(files)}")
-    recipe = Recipe.read(
-        files[0] if files else None,
-        given(
-            model__name=model,
-            data__documents=data,
-            data__text_field=text_field,
-            source__site=site,
-            source__target_site=target_site,
-            source__tokens=count(tokens) if tokens else None,
-            source__stream=stream,
-            store=str(store) if store else None,
-            trackers=track,
-            dictionary__arch=arch,
-            dictionary__expansion=expansion,
-            dictionary__n_features=n_features,
-            training__passes=passes,
-            training__lr=lr,
-            training__seed=seed,
-        ),
-        [s for s in settings or [] if "=" in s],
+    recipe = read_recipe(
+        settings,
+        model__name=model,
+        data__documents=data,
+        data__text_field=text_field,
+        source__site=site,
+        source__target_site=target_site,
+        source__tokens=count(tokens) if tokens else None,
+        source__stream=stream,
+        store=str(store) if store else None,
+        trackers=track,
+        dictionary__arch=arch,
+        dictionary__expansion=expansion,
+        dictionary__n_features=n_features,
+        training__passes=passes,
+        training__lr=lr,
+        training__seed=seed,
     )
     if k is not None:
         option = get(recipe.dictionary.arch).sparsity_option(k)
