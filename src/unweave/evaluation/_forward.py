@@ -77,7 +77,8 @@ class ReplayForward:
         """A forward proven on ``contexts`` to match the model bit for bit, or None where that cannot be had."""
         blocks = find_blocks(model)[1]
         numbers = [_block_of(site, blocks) for site in (target, read)]
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head: Any = getattr(model, "get_output_embeddings", None)
+        head = None if get_head is None else get_head()
         if head is None or None in numbers:
             return None
         forward = cls(model, target, blocks, min(n for n in numbers if n is not None), head)
@@ -128,7 +129,7 @@ class ReplayForward:
         return found[0]
 
     def _replay(self) -> Tensor:
-        stream: Tensor | None = None
+        stream: Any = None
         for block, (args, kwargs) in zip(self.blocks, self._calls):
             if stream is None:
                 output = block(*args, **kwargs)

@@ -152,8 +152,9 @@ def _passage(text: str) -> str:
 
 def _mix(texts: Any, kinds: np.ndarray, seed: int) -> np.ndarray:
     """An order of all texts: each next one is of the kind that is furthest behind its share of characters."""
-    import pyarrow.compute as compute
+    import pyarrow.compute
 
+    compute: Any = pyarrow.compute  # its functions are made at run time
     lengths = compute.utf8_length(texts).to_numpy(zero_copy_only=False)
     shuffled = np.random.default_rng(seed).permutation(len(kinds))
     shuffled = shuffled[np.argsort(kinds[shuffled], kind="stable")]

@@ -158,7 +158,8 @@ def _dequantise(path: Path, target: Path) -> None:
             progress.advance()
             if hasattr(transformers, "GgufConfig"):  # transformers 5 keeps the weights packed unless told otherwise
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **options)
+            auto: Any = transformers.AutoModelForCausalLM
+            model = auto.from_pretrained(path.parent, dtype=torch.bfloat16, **options)
             progress.advance()
         except Exception as error:
             raise UnweaveError(f"transformers cannot read {path}: {_first_line(error)}") from error

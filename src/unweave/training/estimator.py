@@ -111,7 +111,7 @@ class SparseDictionaryTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMi
         from unweave.codes import SparseCode
 
         check_is_fitted(self)
-        X = check_array(X, accept_sparse="csr", dtype=np.float64)
+        X = check_array(X, accept_sparse="csr", dtype=np.float64)  # pyright: ignore[reportArgumentType]
         if X.shape[1] != len(self.components_):
             raise ValueError(f"expected codes of {len(self.components_)} components, found {X.shape[1]}")
         codes: Any = scipy.sparse.csr_matrix(X)
