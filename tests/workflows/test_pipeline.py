@@ -84,6 +84,20 @@ def test_stages_are_read_back_not_repeated(tiny_model, corpus, tmp_path):
     assert "model" not in vars(again)  # nothing needed the model
 
 
+def test_measuring_a_finished_run_leaves_its_provenance_alone(tiny_model, corpus, tmp_path):
+    from unweave.files import read_json, write_json
+
+    quiet(recipe_of(tiny_model, corpus), tmp_path / "run").run()
+    path = tmp_path / "run" / "provenance.json"
+    made = read_json(path)
+    made["hardware"]["accelerator"] = "what it was trained on"
+    write_json(path, made)
+    quiet(Recipe.of_run(tmp_path / "run"), tmp_path / "run").index(force=True)
+    after = read_json(path)
+    assert after["hardware"] == made["hardware"]
+    assert after["stages"]["harvest"] == made["stages"]["harvest"]
+
+
 def test_a_store_brings_its_own_recipe(tiny_model, corpus, tmp_path):
     from unweave.workflows import harvest_only
 

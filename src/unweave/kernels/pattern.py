@@ -39,9 +39,10 @@ class Pattern:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether so many entries are set that dense products are faster (about one in eight, measured on CPUs).
+        """Whether so many entries are set that dense products pay: one in eight.
 
-        A ReLU dictionary starts there; TopK never gets there.
+        About where gathering rows from memory costs a processor as much as multiplying by all of them. A ReLU
+        dictionary starts there; TopK never gets there.
         """
         return 8 * len(self.indices) > self.n_rows * self.n_features
 

@@ -86,7 +86,13 @@ class Pipeline:
 
         if self.recipe.store:
             return ActivationStore.open(self.recipe.store)
-        return None if self.recipe.source.stream else self._harvest()
+        if self.recipe.source.stream:
+            return None
+        folder = self.folder / "activations"
+        there = ActivationStore.open(folder) if (folder / "manifest.json").is_file() else None
+        if there is not None and (self.folder / "training.json").is_file():
+            return there  # measuring a finished run must not touch what it was made with
+        return self._harvest(folder, 0 if there is None else there.n_rows)
 
     def _timed(self, stage: str, started: float, **facts: Any) -> None:
         seconds = round(time.monotonic() - started, 2)
@@ -107,21 +113,17 @@ class Pipeline:
             self.index()
         return evaluation
 
-    def _harvest(self) -> ActivationStore:
-        from unweave.activations import harvest
+    def _harvest(self, folder: Path, n_there: int) -> ActivationStore:
         from unweave.training.trackers import make_trackers
 
-        started, tokens = time.monotonic(), self.recipe.source.tokens
-        folder = self.folder / "activations"
-        _check_space(folder, tokens * (self.source.d_in + 4) * 2)
-        self.say(f"site: {self.source.site.describe()}")
+        started = time.monotonic()
         self._dictionary_config(self.source)  # mistakes should show before the work, not after
         make_trackers(self.recipe.trackers)
         self._begin()
-        store = harvest(self.source, folder, n_rows=tokens, provenance_extra={"recipe": _source_of(self.recipe)})
-        seconds = time.monotonic() - started
-        self.say(f"harvested {store.n_rows:,} activations of {store.n_items:,} contexts in {seconds:.0f} s")
-        if seconds > 1:
+        store = _fill_store(self.recipe, self.source, folder, self.say)
+        if store.n_rows > n_there:
+            seconds = time.monotonic() - started
+            self.say(f"harvested {store.n_rows:,} activations of {store.n_items:,} contexts in {seconds:.0f} s")
             self._timed("harvest", started, rows=store.n_rows, tokens=store.n_tokens)
         return store
 
@@ -237,15 +239,20 @@ def first_rows(batches: Iterable[ActivationBatch], n_rows: int) -> Iterator[Acti
 
 def harvest_only(recipe: Recipe, folder: str | Path, say: Say = print) -> ActivationStore:
     """Write an ActivationStore and nothing else, for training several dictionaries from it."""
-    from unweave.activations import harvest
-
     model = open_model(recipe)
     documents = open_documents(recipe)
     say(f"text: {documents.describe()}")
-    source = open_source(recipe, model, documents)
+    return _fill_store(recipe, open_source(recipe, model, documents), Path(folder), say)
+
+
+def _fill_store(recipe: Recipe, source: TextSource, folder: Path, say: Say) -> ActivationStore:
+    """Harvest what a recipe asks for; the store remembers how its source is made."""
+    from unweave.activations import harvest
+
+    tokens = recipe.source.tokens
+    _check_space(folder, tokens * (source.d_in + 4) * 2)
     say(f"site: {source.site.describe()}")
-    _check_space(Path(folder), recipe.source.tokens * (source.d_in + 4) * 2)
-    return harvest(source, folder, n_rows=recipe.source.tokens, provenance_extra={"recipe": _source_of(recipe)})
+    return harvest(source, folder, n_rows=tokens, provenance_extra={"recipe": _source_of(recipe)})
 
 
 def _source_of(recipe: Recipe) -> dict[str, Any]:
