@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.files import read_tensors, write_tensors
-from unweave.kernels.pattern import Pattern
+from unweave.kernels.pattern import Pattern, concatenate
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -100,11 +100,7 @@ class SparseCode:
         widths = {code.n_features for code in codes}
         if len(widths) > 1:
             raise UnweaveError(f"SparseCode.concatenate: codes differ in n_features: {sorted(widths)}")
-        offsets, base = [codes[0].offsets[:1]], 0
-        for code in codes:
-            offsets.append(code.offsets[1:] + base)
-            base += code.nnz
-        pattern = Pattern(torch.cat(offsets), torch.cat([c.indices for c in codes]), codes[0].n_features)
+        pattern = concatenate([code.pattern for code in codes])
         return SparseCode.from_pattern(pattern, torch.cat([c.values for c in codes]))
 
     # ---- what it is -------------------------------------------------------------------------------------------

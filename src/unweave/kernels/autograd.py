@@ -12,9 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave.kernels.decode.reference import decode
-from unweave.kernels.gradients.reference import gather_dot, scatter_outer, sum_by_feature
+from unweave.kernels.backend import Backend, backend, fastest
+from unweave.kernels.csc.reference import Columns
+from unweave.kernels.decode.reference import decode as decode_reference
+from unweave.kernels.gradients.reference import gather_dot as gather_dot_reference
+from unweave.kernels.gradients.reference import scatter_outer, sum_by_feature
 from unweave.kernels.pattern import Pattern
+
+
+def _ops(pattern: Pattern, *tensors: Tensor) -> Backend | None:
+    """The compiled kernels for these tensors; None where the reference (dense, if the code is crowded) serves them."""
+    ops = fastest(tensors[0])
+    same = all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)
+    return None if pattern.is_crowded or ops is backend("reference") or not same else ops
+
+
+def _decode(pattern: Pattern, values: Tensor, W: Tensor) -> Tensor:
+    if (ops := _ops(pattern, values, W)) is None:
+        return decode_reference(pattern, values, W)
+    return ops.decode.decode(pattern, values.contiguous(), W.contiguous())
+
+
+def _gather_dot(pattern: Pattern, A: Tensor, W: Tensor) -> Tensor:
+    if (ops := _ops(pattern, A, W)) is None:
+        return gather_dot_reference(pattern, A, W)
+    return ops.gradients.gather_dot(pattern, A.contiguous(), W.contiguous())
+
+
+def _scatter_outer(pattern: Pattern, values: Tensor, A: Tensor) -> Tensor:
+    if (ops := _ops(pattern, values, A)) is None:
+        return scatter_outer(pattern, values, A)
+    columns: Columns = pattern.columns
+    return ops.gradients.sum_outer(columns, values.contiguous(), A.contiguous())
 
 
 class _SparseEncode(torch.autograd.Function):
@@ -29,8 +58,8 @@ class _SparseEncode(torch.autograd.Function):
         (grad,), pattern = grads, ctx.pattern
         x, W_enc = ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        grad_x = decode(pattern, grad, W_enc) if need_x else None
-        grad_W = scatter_outer(pattern, grad, x) if need_W else None
+        grad_x = _decode(pattern, grad, W_enc) if need_x else None
+        grad_W = _scatter_outer(pattern, grad, x) if need_W else None
         grad_b = sum_by_feature(pattern, grad) if need_b else None
         return grad_x, grad_W, grad_b, None, None
 
@@ -40,15 +69,15 @@ class _SparseDecode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.pattern = pattern
         ctx.save_for_backward(values, W_dec)
-        return decode(pattern, values, W_dec)
+        return _decode(pattern, values, W_dec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), pattern = grads, ctx.pattern
         values, W_dec = ctx.saved_tensors
         need_values, need_W = ctx.needs_input_grad[:2]
-        grad_values = gather_dot(pattern, grad, W_dec) if need_values else None
-        grad_W = scatter_outer(pattern, values, grad) if need_W else None
+        grad_values = _gather_dot(pattern, grad, W_dec) if need_values else None
+        grad_W = _scatter_outer(pattern, values, grad) if need_W else None
         return grad_values, grad_W, None
 
 

@@ -31,7 +31,7 @@ class Pattern:
     def rows(self) -> Tensor:
         """``(nnz,)`` int64, the row of each entry."""
         counts = self.offsets.diff()
-        return torch.arange(self.n_rows, device=counts.device).repeat_interleave(counts)
+        return torch.arange(self.n_rows, device=counts.device).repeat_interleave(counts, output_size=len(self.indices))
 
     @cached_property
     def columns(self) -> Columns:
@@ -59,3 +59,12 @@ class Pattern:
 
     def to(self, device: str | torch.device) -> Pattern:
         return Pattern(self.offsets.to(device), self.indices.to(device), self.n_features)
+
+
+def concatenate(patterns: list[Pattern]) -> Pattern:
+    """Patterns of the same features, one below the other."""
+    offsets, base = [patterns[0].offsets[:1]], 0
+    for pattern in patterns:
+        offsets.append(pattern.offsets[1:] + base)
+        base += len(pattern.indices)
+    return Pattern(torch.cat(offsets), torch.cat([p.indices for p in patterns]), patterns[0].n_features)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unweave.kernels.csc.reference import Columns
 from unweave.kernels.pattern import Pattern
 
 _BLOCK = 2048  # entries at a time: the gathered (block, d) tensors stay in cache
@@ -50,13 +52,59 @@ def scatter_outer(pattern: Pattern, values: Tensor, A: Tensor) -> Tensor:
     values = values.to(A.dtype)
     if pattern.is_crowded:
         return pattern.densify(values).T @ A
+    return sum_outer(pattern.columns, values, A)
+
+
+class Extra(NamedTuple):
+    """Parts of a row gradient that come from elsewhere than the entries of the code.
+
+    Attributes:
+        at: ``(n_features,)`` int64, which row of ``rows`` belongs to a feature, or -1; None without such rows.
+        rows: ``(r, d)``, added as they are (of an auxiliary loss on a few features, say).
+        pull: ``(n_features,)``, how much of the weight row itself is added (of a penalty on norms); None for none.
+    """
+
+    at: Tensor | None = None
+    rows: Tensor | None = None
+    pull: Tensor | None = None
+
+
+def sum_outer(
+    columns: Columns, weights: Tensor, A: Tensor, W: Tensor | None = None, extra: Extra | None = None
+) -> Tensor:
+    """``out[f] = sum over the entries of feature f of weight * A[row]``, plus what is extra; ``(n_features, d)``."""
     # The transposed code times a dense matrix is a decode by columns, and embedding_bag sums it without forming
     # the (nnz, d) products.
-    columns = pattern.columns
-    return F.embedding_bag(columns.rows, A, columns.starts[:-1], mode="sum", per_sample_weights=values[columns.order])
+    weights = weights.to(A.dtype)[columns.order]
+    out = F.embedding_bag(columns.rows, A, columns.starts[:-1], mode="sum", per_sample_weights=weights)
+    if extra is not None and extra.at is not None and extra.rows is not None:
+        here = (extra.at >= 0).nonzero().squeeze(1)
+        out[here] += extra.rows[extra.at[here]]
+    if extra is not None and extra.pull is not None and W is not None:
+        out += extra.pull[:, None] * W
+    return out
 
 
 def sum_by_feature(pattern: Pattern, values: Tensor) -> Tensor:
     """``out[f] = sum of the values of feature f``, shape ``(n_features,)``."""
     out = torch.zeros(pattern.n_features, dtype=values.dtype, device=values.device)
     return out.index_add_(0, pattern.indices.long(), values)
+
+
+def sum_over(columns: Columns, weights: Tensor) -> Tensor:
+    """The same from the entries sorted by feature."""
+    out = torch.zeros(len(columns.starts) - 1, dtype=weights.dtype, device=weights.device)
+    features = torch.arange(len(out), device=out.device).repeat_interleave(columns.starts.diff())
+    return out.index_add_(0, features, weights[columns.order])
+
+
+def norm_bound(columns: Columns, weights: Tensor, lengths: Tensor, more: Tensor | None = None) -> Tensor:
+    """At least the squared norm of ``G[f] = sum over the entries of f of weight * A[row]``.
+
+    Each feature's rows at their full length, all pointing one way.
+
+    Args:
+        lengths: ``(n,)``, norms of the rows of A. more: ``(n_features,)``, to add to each feature's length.
+    """
+    each = sum_over(columns, (weights.abs() * lengths[columns.rows[columns.order.argsort()]]))
+    return (each if more is None else each + more).square().sum()

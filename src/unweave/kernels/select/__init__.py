@@ -1,1 +1,66 @@
-"""Selection: which pre-activations become entries of the code."""
+"""Selection: which entries of the dense scores become the code. The rules are data; each backend carries them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from unweave.kernels.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class TopKRule:
+    """The ``k`` largest of each row; by absolute value where ``signed``."""
+
+    k: int
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class BatchTopKRule:
+    """The ``k n`` largest positive ones of a batch of ``n`` rows. ``bound`` is a guess of the smallest kept."""
+
+    k: int
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class AboveRule:
+    """Everything above a threshold: a number, or one per feature. ``expected`` entries a row."""
+
+    threshold: Tensor | float
+    expected: float = 64.0
+
+
+Rule = TopKRule | BatchTopKRule | AboveRule
+
+
+class Exact(NamedTuple):
+    """What bfloat16 scores were made from, so that candidates can be worked out again in float32.
+
+    ``X (n, d)``, ``W (n_features, d)``, ``norms (n,)`` of the rows of X, and the screen to consult and teach.
+    """
+
+    X: Tensor
+    W: Tensor
+    norms: Tensor
+    screen: Any  # a Screen, or what stands for it on a GPU
+
+
+def select(
+    ops: Any, rule: Rule, scores: Tensor, shift: Tensor | None = None, exact: Exact | None = None
+) -> tuple[Pattern, Tensor]:
+    """The entries of ``scores + shift`` that ``rule`` takes, and their values ``(nnz,)``.
+
+    Args:
+        ops: the module that carries it out: ``select.reference``, ``select.cpu`` or ``select.gpu``.
+        scores: ``(n, n_features)``; bfloat16 ones are only a screen, and need ``exact``.
+        shift: ``(n_features,)``, or None for zero (with the reference only).
+    """
+    if isinstance(rule, TopKRule):
+        return ops.topk(scores, shift, rule.k, signed=rule.signed, exact=exact)
+    if isinstance(rule, BatchTopKRule):
+        return ops.batch_topk(scores, shift, rule.k * len(scores), bound=rule.bound, exact=exact)
+    return ops.above(scores, shift, rule.threshold, exact=exact, expected=rule.expected)

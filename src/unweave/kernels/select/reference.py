@@ -6,6 +6,44 @@ import torch
 from torch import Tensor
 
 from unweave.kernels.pattern import Pattern
+from unweave.kernels.select import Exact
+
+
+def topk(
+    scores: Tensor, shift: Tensor | None, k: int, *, signed: bool = False, exact: Exact | None = None
+) -> tuple[Pattern, Tensor]:
+    """The ``k`` largest of ``scores + shift`` in each row, with their values."""
+    u = _pre_activations(scores, shift, exact)
+    pattern = select_topk(u.abs() if signed else u, k)
+    return pattern, u.reshape(-1)[pattern.flat]
+
+
+def batch_topk(
+    scores: Tensor, shift: Tensor | None, n_keep: int, *, bound: float | None = None, exact: Exact | None = None
+) -> tuple[Pattern, Tensor]:
+    """The ``n_keep`` largest positive entries of ``scores + shift``, with their values."""
+    u = _pre_activations(scores, shift, exact)
+    pattern = select_batch_topk(u, n_keep / max(1, len(u)))
+    return pattern, u.reshape(-1)[pattern.flat]
+
+
+def above(
+    scores: Tensor,
+    shift: Tensor | None,
+    threshold: Tensor | float,
+    *,
+    exact: Exact | None = None,
+    expected: float = 64.0,
+) -> tuple[Pattern, Tensor]:
+    """Every entry of ``scores + shift`` above its threshold, with its value."""
+    u = _pre_activations(scores, shift, exact)
+    pattern = select_above(u, threshold)
+    return pattern, u.reshape(-1)[pattern.flat]
+
+
+def _pre_activations(scores: Tensor, shift: Tensor | None, exact: Exact | None) -> Tensor:
+    scores = scores if exact is None else exact.X @ exact.W.T
+    return scores if shift is None else scores + shift
 
 
 def select_topk(scores: Tensor, k: int) -> Pattern:
@@ -16,14 +54,14 @@ def select_topk(scores: Tensor, k: int) -> Pattern:
     return Pattern(offsets, indices.reshape(-1).int(), n_features)
 
 
-def select_batch_topk(scores: Tensor, k: int) -> Pattern:
+def select_batch_topk(scores: Tensor, k: float) -> Pattern:
     """The ``n * k`` largest positive scores of the whole batch; rows get as many as they earn.
 
     Sorting all scores would cost more than the encoder, so a sample of rows guesses a bound that lets through
     somewhat more than enough; if it let through too few, all scores are taken. The result is exact either way.
     """
     n, n_features = scores.shape
-    flat, n_keep = scores.reshape(-1), min(n * k, scores.numel())
+    flat, n_keep = scores.reshape(-1), min(round(n * k), scores.numel())
     sample = scores[:: max(1, n // 32)].reshape(-1)
     n_sample = min(int(1.5 * n_keep * len(sample) / max(1, len(flat))) + 1, len(sample))
     if n_sample == 0:

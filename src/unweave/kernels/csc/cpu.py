@@ -1,0 +1,35 @@
+"""Sort the entries of a CSR pattern by feature: count, scan, scatter. One thread; the order is always the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unweave.kernels._jit import array, jit
+from unweave.kernels.csc.reference import Columns
+
+
+@jit
+def _csc(rows, indices, starts, sorted_rows, order):
+    n_features = len(starts) - 1
+    for e in range(len(indices)):
+        starts[indices[e] + 1] += 1
+    for f in range(n_features):
+        starts[f + 1] += starts[f]
+    # While scattering, starts[f] runs to the end of f; afterwards everything has moved up by one place.
+    for e in range(len(indices)):
+        f = indices[e]
+        at = starts[f]
+        starts[f] = at + 1
+        sorted_rows[at] = rows[e]
+        order[at] = e
+    for f in range(n_features, 0, -1):
+        starts[f] = starts[f - 1]
+    starts[0] = 0
+
+
+def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
+    starts = torch.zeros(n_features + 1, dtype=torch.long)
+    sorted_rows, order = torch.empty_like(rows), torch.empty(len(indices), dtype=torch.long)
+    _csc(*map(array, (rows, indices, starts, sorted_rows, order)))
+    return Columns(starts, sorted_rows, order)

@@ -1,0 +1,101 @@
+"""Several encoders of the same rows in one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unweave.kernels.pattern import Pattern
+from unweave.kernels.select import Exact, Rule, select
+from unweave.kernels.workspace import Plan, Workspace
+
+
+class JointProduct:
+    """The scores of all encoders for a batch, computed when the first of them asks.
+
+    The encoders' weights are moved into one matrix and stay views of it; :meth:`part` takes them apart again. Each
+    dictionary may subtract a centre of its own: the product is of the rows as they are, and the difference,
+    ``W centre``, is a bias.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Parameter], plan: Plan) -> None:
+        sizes = [len(W) for W in encoders]
+        self.plan, self.encoders = plan, list(encoders)
+        self.W = torch.cat([W.detach() for W in encoders])
+        for encoder, rows in zip(encoders, self.W.split(sizes)):
+            encoder.data = rows
+        self.shadow = self.W.bfloat16() if plan.screen else None
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        self.slices = [slice(end - size, end) for end, size in zip(ends, sizes)]
+        self._of: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._norms: Tensor | None = None
+
+    def norms(self, x: Tensor) -> Tensor:
+        """``(n,)`` of the rows whose scores were asked for last."""
+        if self._norms is None:
+            self._norms = x.norm(dim=1)
+        return self._norms
+
+    def scores(self, x: Tensor) -> Tensor:
+        """``(n, sum of n_features)`` for the rows ``x (n, d)``; the same tensor again for the same rows."""
+        if self._of is not x:
+            # Dictionaries step one after the other. What the first one's step moves are its own rows of W, so the
+            # scores of the others are still those of their present weights.
+            W = self.W if self.shadow is None else self.shadow
+            rows = x.to(W.dtype)
+            shape = (len(x), len(W))
+            if self._scores is None or self._scores.shape != shape:
+                self._scores = rows.new_empty(shape)
+            torch.mm(rows, W.T, out=self._scores)
+            self._of, self._norms = x, None
+        assert self._scores is not None
+        return self._scores
+
+    def part(self) -> None:
+        """Give every encoder memory of its own again."""
+        for encoder in self.encoders:
+            encoder.data = encoder.data.clone()
+
+
+class JointWorkspace(Workspace):
+    """A workspace whose scores are columns of a joint product."""
+
+    def __init__(self, joint: JointProduct, number: int) -> None:
+        super().__init__(joint.plan, joint.W.device)
+        self._joint, self._slice = joint, joint.slices[number]
+        self._share_shadow()
+
+    def _share_shadow(self) -> None:
+        self.shadow = None if self._joint.shadow is None else self._joint.shadow[self._slice]
+
+    def forget(self) -> None:
+        """The weights have changed: copy them into the joint shadow now."""
+        self._share_shadow()
+        if self.shadow is not None:
+            self.shadow.copy_(self._joint.W[self._slice])
+        self._joint._of = None
+
+    def select(
+        self,
+        rule: Rule,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        norms: Tensor | None = None,
+        raw: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Pattern, Tensor]:
+        assert raw is not None
+        rows, centre = raw
+        W_enc, shift = W_enc.detach(), b_enc.detach()
+        if self.plan.screen:
+            self._follow(W_enc)
+        if centre is not None:
+            shift = shift - W_enc @ centre
+        scores = self._joint.scores(rows)[:, self._slice]
+        exact = None
+        if self.plan.screen:
+            exact = Exact(rows, W_enc, self._joint.norms(rows), self.screen)
+        return select(self.ops.select, rule, scores, shift, exact)

@@ -1,0 +1,487 @@
+"""Exact selection on a CPU, from float32 scores or through a bfloat16 screen.
+
+One pass takes the largest score of each of some hundreds of groups of a row; the k-th largest of these maxima bounds
+the k-th largest score from below, so only groups that reach the bound are looked into. A screened row is selected
+with a margin as wide as bfloat16 can be wrong, what was found is worked out again in float32, and the best of that is
+kept: the result is the one float32 scores would have given.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unweave.kernels._jit import array, dot, dots, inline, jit, run, widen
+from unweave.kernels.pattern import Pattern
+from unweave.kernels.select import Exact
+
+_MIN_GROUPS = 128
+_GROUPS_OF_8 = 768  # at most; beyond, groups of 16: more groups are more bookkeeping, larger ones more to look through
+_ROUNDING = np.float32(2.0**-8)  # twice bfloat16's, of the score itself
+_TRIES = 4  # widenings of a margin; each is at least as wide as the largest error met
+_LOWEST = np.float32(-np.inf)
+_HUGE = np.float32(1e38)  # twice that is still a number
+_BY_VALUE = 24  # rounds of bisection: enough for scores of like size
+
+
+# ---- shared pieces of the loops -----------------------------------------------------------------------------------
+
+
+@inline
+def _group_maxima(p, shift, signed, maxima):
+    """``maxima[g]`` is the largest score among the entries ``g, g + G, g + 2G, ...``."""
+    m, n_groups = len(p), len(maxima)
+    maxima[:] = _LOWEST
+    at = 0
+    while at < m:
+        width = min(n_groups, m - at)
+        part, offset = p[at : at + width], shift[at : at + width]
+        if signed:
+            for j in range(width):
+                maxima[j] = max(maxima[j], abs(widen(part[j]) + offset[j]))
+        else:
+            for j in range(width):
+                maxima[j] = max(maxima[j], widen(part[j]) + offset[j])
+        at += n_groups
+
+
+@jit
+def _key(score):
+    """An integer in the order of the scores."""
+    bits = np.int64(np.float32(score).view(np.int32))
+    return bits if bits >= 0 else bits ^ 0x7FFFFFFF
+
+
+@jit
+def _middle(low, high, round_):
+    """Between two scores: by value at first, which is quick; then by their bits, which always comes to an end."""
+    middle = low + np.float32(0.5) * (high - low)
+    if round_ < _BY_VALUE and low > -_HUGE and high < _HUGE and low < middle and middle < high:
+        return middle
+    key = (_key(low) + _key(high)) >> 1
+    return np.int32(key if key >= 0 else key ^ 0x7FFFFFFF).view(np.float32)
+
+
+@inline
+def _cut(scores, n, k):
+    """``(cut, count)``: at least ``k`` of ``scores[:n]`` reach the cut; ``count`` do, which is k but for ties and NaN.
+
+    Bisection: counting a few hundred numbers is a handful of vector instructions, where quickselect guesses branches.
+    """
+    low, high = scores[0], scores[0]
+    for q in range(n):
+        low, high = min(low, scores[q]), max(high, scores[q])
+    count = n
+    for round_ in range(_BY_VALUE + 33):
+        middle = _middle(low, high, round_)
+        if count == k or not (low < middle < high):
+            break
+        reach = 0
+        for q in range(n):
+            reach += scores[q] >= middle
+        if reach >= k:
+            low, count = middle, reach
+        else:
+            high = middle
+    if count > k:  # the largest value is a tie, or all that is left between low and high is
+        reach = 0
+        for q in range(n):
+            reach += scores[q] >= high
+        if reach >= k:
+            low, count = high, reach
+    return low, count
+
+
+@inline
+def _collect(p, shift, signed, maxima, bound, hot, found):
+    """Entries whose score is at least ``bound``, group by group; how many."""
+    m, n_groups = len(p), len(maxima)
+    n_hot = 0
+    for g in range(n_groups):
+        hot[n_hot] = g
+        n_hot += maxima[g] >= bound
+    n = 0
+    for h in range(n_hot):
+        for j in range(hot[h], m, n_groups):
+            score = widen(p[j]) + shift[j]
+            if signed:
+                score = abs(score)
+            found[n] = j
+            n += score >= bound
+    return n
+
+
+@inline
+def _bound(maxima, k, scratch):
+    """A lower bound of the k-th largest score, from group maxima (merged by fours when there are many)."""
+    n_groups = len(maxima)
+    quarter = n_groups // 4
+    if quarter >= 4 * k and quarter >= _MIN_GROUPS:
+        for g in range(quarter):
+            scratch[g] = max(max(maxima[g], maxima[g + quarter]), max(maxima[g + 2 * quarter], maxima[g + 3 * quarter]))
+        return _cut(scratch, quarter, k)[0]
+    return _cut(maxima, n_groups, k)[0]
+
+
+@inline
+def _keep(found, scores, values, n, k, kept, kept_values):
+    """The ``k`` entries with the largest scores; among equals the first found. Room left over is NaN."""
+    w = 0
+    if n > k:
+        cut, count = _cut(scores, n, k)
+        spare = count - k  # ties beyond k: the smallest score kept is shared
+        for q in range(n):
+            if scores[q] >= cut and w < k:
+                if spare > 0 and not scores[q] > cut:
+                    continue
+                kept[w] = found[q]
+                kept_values[w] = values[q]
+                w += 1
+        for q in range(n):
+            if spare > 0 and scores[q] == cut and w < k:
+                kept[w] = found[q]
+                kept_values[w] = values[q]
+                w += 1
+    else:
+        for q in range(n):
+            kept[w] = found[q]
+            kept_values[w] = values[q]
+            w += 1
+    for q in range(w, k):  # only where scores are NaN
+        kept[q] = 0
+        kept_values[q] = np.float32(np.nan)
+
+
+# ---- top k of each row ---------------------------------------------------------------------------------------------
+
+
+@jit
+def _topk(lo, hi, P, start, shift, k, signed, n_groups, indices, values):
+    m = len(shift)
+    maxima, scratch, exact = np.empty(n_groups, np.float32), np.empty(m + 1, np.float32), np.empty(m + 1, np.float32)
+    hot, found = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32)
+    for b in range(lo, hi):
+        p = P[b, start : start + m]
+        _group_maxima(p, shift, signed, maxima)
+        n = _collect(p, shift, signed, maxima, _bound(maxima, k, scratch), hot, found)
+        for q in range(n):
+            exact[q] = widen(p[found[q]]) + shift[found[q]]
+            scratch[q] = abs(exact[q]) if signed else exact[q]
+        _keep(found, scratch, exact, n, k, indices[b], values[b])
+
+
+@jit
+def _screen_topk(
+    lo, hi, P, start, shift, k, signed, n_groups, X, W, tolerance, largest_shift, indices, values, worst, redone
+):
+    m = len(shift)
+    maxima, scratch, exact = np.empty(n_groups, np.float32), np.empty(m + 1, np.float32), np.empty(m + 1, np.float32)
+    hot, found = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32)
+    for b in range(lo, hi):
+        p, x = P[b, start : start + m], X[b]
+        norm = np.sqrt(dot(x, x))
+        _group_maxima(p, shift, signed, maxima)
+        bound = _bound(maxima, k, scratch)
+        error = tolerance * norm
+        off = np.float32(0)
+        for _ in range(_TRIES):
+            low = bound - 2 * (error + _ROUNDING * (abs(bound) + largest_shift))
+            n = _collect(p, shift, signed, maxima, low, hot, found)
+            if 4 * n > 5 * k:  # the k-th largest is among these: a tighter bound than the groups gave
+                for q in range(n):
+                    score = widen(p[found[q]]) + shift[found[q]]
+                    scratch[q] = abs(score) if signed else score
+                tight = _cut(scratch, n, k)[0]
+                low = tight - 2 * (error + _ROUNDING * (abs(tight) + largest_shift))
+                kept = 0
+                for q in range(n):
+                    j, score = found[q], scratch[q]
+                    found[kept] = j
+                    kept += score >= low
+                n = kept
+            dots(x, W, found, 0, n, exact)
+            off = np.float32(0)
+            for q in range(n):
+                screened = widen(p[found[q]])
+                off = max(off, abs(exact[q] - screened) - _ROUNDING * abs(screened))
+                exact[q] += shift[found[q]]
+                scratch[q] = abs(exact[q]) if signed else exact[q]
+            if off <= error:
+                break
+            redone[b] = 1
+            error = 2 * off
+        worst[b] = off / norm if norm > 0 else np.float32(0)
+        _keep(found, scratch, exact, n, k, indices[b], values[b])
+
+
+# ---- every score above a bound ------------------------------------------------------------------------------------
+
+
+@jit
+def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, scores, starts, counts):
+    """Entries of row ``b`` with ``score + rounding |P| >= low[b]``; a chunk writes from ``lo * capacity`` on.
+
+    A chunk whose entries do not fit its share of the room sets the counts of its rows to -1.
+    """
+    m = len(shift)
+    maxima, hot = np.empty(n_groups, np.float32), np.empty(n_groups + 1, np.int32)
+    at, end = lo * capacity, hi * capacity
+    for b in range(lo, hi):
+        p, bound = P[b, start : start + m], low[b]
+        _group_maxima_inflated(p, shift, rounding, maxima)
+        n_hot = 0
+        for g in range(n_groups):
+            hot[n_hot] = g
+            n_hot += maxima[g] >= bound
+        n, room = 0, end - at
+        for h in range(n_hot):
+            for j in range(hot[h], m, n_groups):
+                raw = widen(p[j])
+                score = raw + shift[j]
+                slot = at + min(n, room - 1)
+                indices[slot] = j
+                scores[slot] = score
+                n += score + rounding * abs(raw) >= bound
+        if n > room - 1:  # the last place is scratch: it takes whatever does not fit
+            for c in range(lo, hi):
+                counts[c] = -1
+            return
+        starts[b], counts[b] = at, n
+        at += n
+
+
+@inline
+def _group_maxima_inflated(p, shift, rounding, maxima):
+    m, n_groups = len(p), len(maxima)
+    maxima[:] = _LOWEST
+    at = 0
+    while at < m:
+        width = min(n_groups, m - at)
+        part, offset = p[at : at + width], shift[at : at + width]
+        for j in range(width):
+            raw = widen(part[j])
+            maxima[j] = max(maxima[j], raw + rounding * abs(raw) + offset[j])
+        at += n_groups
+
+
+@jit
+def _pack(lo, hi, starts, offsets, indices, scores, packed_indices, packed_scores):
+    for b in range(lo, hi):
+        n, source, target = offsets[b + 1] - offsets[b], starts[b], offsets[b]
+        packed_indices[target : target + n] = indices[source : source + n]
+        packed_scores[target : target + n] = scores[source : source + n]
+
+
+@jit
+def _refine(lo, hi, offsets, indices, X, W, out):
+    """``out[e] = X[row of e] . W[feature of e]``."""
+    for b in range(lo, hi):
+        x = X[b]
+        dots(x, W, indices, offsets[b], offsets[b + 1], out)
+
+
+# ---- what callers use ----------------------------------------------------------------------------------------------
+
+
+def topk(
+    scores: Tensor, shift: Tensor, k: int, *, signed: bool = False, exact: Exact | None = None
+) -> tuple[Pattern, Tensor]:
+    """The ``k`` largest of ``scores + shift`` in each row.
+
+    Args:
+        scores: ``(n, n_features)`` float32; or bfloat16, which needs ``exact``.
+        shift: ``(n_features,)``, added to every row (the encoder's bias).
+        signed: rank by absolute value.
+
+    Returns:
+        The pattern and the ``(n k,)`` values at its entries, in float32.
+    """
+    n, m = scores.shape
+    k = min(k, m)
+    indices, values = torch.empty(n, k, dtype=torch.int32), torch.empty(n, k)
+    n_groups = _n_groups(m, k)
+    if n == 0:
+        pass
+    elif exact is None:
+        run(_topk, n, *_columns(scores), array(shift), k, signed, n_groups, array(indices), array(values), work=m)
+    else:
+        worst, redone = np.zeros(n, np.float32), np.zeros(n, np.int32)
+        margin = np.float32(exact.screen.tolerance), _largest(shift)
+        scored = *_columns(scores), array(shift), k, signed, n_groups
+        into = array(indices), array(values), worst, redone
+        run(_screen_topk, n, *scored, array(exact.X), array(exact.W), *margin, *into, work=m)
+        exact.screen.update(float(worst.max()), int(redone.sum()), n)
+    return Pattern(torch.arange(n + 1) * k, indices.reshape(-1), m), values.reshape(-1)
+
+
+def above(
+    scores: Tensor,
+    shift: Tensor,
+    threshold: Tensor | float,
+    *,
+    exact: Exact | None = None,
+    expected: float = 64.0,
+) -> tuple[Pattern, Tensor]:
+    """Every entry of ``scores + shift`` above its threshold (a number, or one per feature).
+
+    Args:
+        expected: entries per row to make room for at first; more are found all the same.
+    """
+    threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(len(shift))
+    for attempt in range(_TRIES):
+        slack = None if exact is None else exact.screen.tolerance * exact.norms
+        pattern, found = _entries(scores, shift - threshold, 0.0, slack, expected)
+        feature = pattern.indices.long()
+        if exact is None:
+            # Score by score as the reference computes it: u - threshold > 0 and u > threshold round differently.
+            raw = scores[pattern.rows, feature] + shift[feature]
+            return _keep_entries(pattern, raw, raw > threshold[feature])
+        raw, fits = _refined(pattern, found - (shift - threshold)[feature], exact)
+        if fits or attempt == _TRIES - 1:
+            raw = raw + shift[feature]
+            return _keep_entries(pattern, raw, raw > threshold[feature])
+    raise AssertionError("unreachable")
+
+
+def batch_topk(
+    scores: Tensor, shift: Tensor, n_keep: int, *, bound: float | None = None, exact: Exact | None = None
+) -> tuple[Pattern, Tensor]:
+    """The ``n_keep`` largest positive entries of ``scores + shift`` in the whole batch.
+
+    Args:
+        bound: a guess of the smallest score that will be kept, a little low; the last batch's, say. A bad guess costs
+            time, never exactness.
+    """
+    n, m = scores.shape
+    n_keep = min(n_keep, scores.numel())
+    if n_keep == 0:
+        return _empty(n, m), torch.zeros(0)
+    guess = bound if bound is not None and bound > 0 else _sampled_bound(scores, shift, n_keep)
+    typical = 0.0 if exact is None else exact.screen.tolerance * float(exact.norms.median())
+    while True:
+        slack = None if exact is None else 2 * (exact.screen.tolerance * exact.norms + typical)
+        pattern, found = _entries(scores, shift, guess, slack, 2.0 * n_keep / max(1, n))
+        # Entries in reach only through their row's slack do not count: they may be far below the guess.
+        enough = int((found >= guess).sum()) >= n_keep
+        if enough or guess <= 0:
+            kth = _kth_largest(found, n_keep) if len(found) >= n_keep else 0.0
+            if exact is None or slack is None or not math.isfinite(kth):
+                return _best(pattern, found, n_keep)
+            low = kth - (slack + 2 * _ROUNDING * (abs(kth) + _largest(shift)))
+            near = found >= low[pattern.rows]
+            pattern, found = _keep_entries(pattern, found, near)
+            values, fits = _refined(pattern, found - shift[pattern.indices.long()], exact)
+            values = values + shift[pattern.indices.long()]
+            truth = _kth_largest(values, n_keep) if len(values) >= n_keep else 0.0
+            if fits and (truth >= kth * (1 - float(_ROUNDING)) - 2 * typical or kth <= 0):
+                return _best(pattern, values, n_keep)
+            typical = max(2 * typical, kth - truth)
+            continue
+        guess = min(0.9 * guess, _sampled_bound(scores, shift, n_keep)) if guess > 1e-6 else 0.0
+
+
+def _columns(scores: Tensor) -> tuple[np.ndarray, int]:
+    """The matrix these scores are columns of, and the first of them: kernels run fastest over whole rows."""
+    n, m = scores.shape
+    if scores.is_contiguous() or n < 2:
+        return array(scores.contiguous()), 0
+    start = int(scores.storage_offset()) % scores.stride(0)
+    if scores.stride(1) != 1 or start + m > scores.stride(0):
+        return array(scores.contiguous()), 0
+    whole = scores.as_strided((n, scores.stride(0)), (scores.stride(0), 1), scores.storage_offset() - start)
+    return array(whole), start
+
+
+def _largest(shift: Tensor) -> np.float32:
+    """bfloat16 rounds the score before the shift, which may be larger than their sum by this much."""
+    return np.float32(np.abs(array(shift)).max(initial=0))
+
+
+def _entries(
+    scores: Tensor, shift: Tensor, low: float, slack: Tensor | None, expected: float
+) -> tuple[Pattern, Tensor]:
+    """Entries with ``scores + shift >= low``, less each row's slack and the rounding where scores are screened."""
+    n, m = scores.shape
+    bound = torch.full((n,), low) if slack is None else low - slack
+    rounding = np.float32(0) if slack is None else _ROUNDING
+    starts, counts = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+    capacity = min(m + 1, int(expected) + 16)  # + 1: a chunk of rows has a place for what does not fit
+    while True:
+        indices, found = torch.empty(n * capacity, dtype=torch.int32), torch.empty(n * capacity)
+        into = (array(indices), array(found), array(starts), array(counts))
+        run(
+            _above, n, *_columns(scores), array(shift), array(bound), rounding, _n_groups(m, 1), capacity, *into, work=m
+        )
+        if n == 0 or int(counts.min()) >= 0:
+            break
+        capacity = min(m + 1, 4 * capacity)
+    offsets = torch.zeros(n + 1, dtype=torch.long)
+    offsets[1:] = counts.cumsum(0)
+    packed, packed_scores = torch.empty(int(offsets[-1]), dtype=torch.int32), torch.empty(int(offsets[-1]))
+    run(
+        _pack,
+        n,
+        *map(array, (starts, offsets, indices, found, packed, packed_scores)),
+        work=4 * len(packed) / max(1, n),
+    )
+    return Pattern(offsets, packed, m), packed_scores
+
+
+def _refined(pattern: Pattern, screened: Tensor, exact: Exact) -> tuple[Tensor, bool]:
+    """Candidates in float32 (without shift), and whether no error was larger than the margin they were found with."""
+    values = torch.empty(len(pattern.indices))
+    work = len(values) / max(1, pattern.n_rows) * exact.X.shape[1]
+    run(_refine, pattern.n_rows, *map(array, (pattern.offsets, pattern.indices, exact.X, exact.W, values)), work=work)
+    if len(values) == 0:
+        return values, True
+    norms = exact.norms[pattern.rows].clamp_min(1e-30)
+    off = ((values - screened).abs() - float(_ROUNDING) * screened.abs()) / norms
+    worst, tolerance = float(off.max()), exact.screen.tolerance
+    wrong = off > tolerance
+    n_redone = len(pattern.rows[wrong].unique()) if worst > tolerance else 0
+    exact.screen.update(worst, n_redone, pattern.n_rows)
+    return values, not worst > tolerance
+
+
+def _keep_entries(pattern: Pattern, values: Tensor, keep: Tensor) -> tuple[Pattern, Tensor]:
+    if bool(keep.all()):
+        return pattern, values
+    n_before = torch.zeros(len(keep) + 1, dtype=torch.long)
+    torch.cumsum(keep, 0, out=n_before[1:])
+    offsets = n_before[pattern.offsets]
+    return Pattern(offsets, pattern.indices[keep], pattern.n_features), values[keep]
+
+
+def _best(pattern: Pattern, values: Tensor, n_keep: int) -> tuple[Pattern, Tensor]:
+    """The ``n_keep`` largest positive entries; among equals the first."""
+    if len(values) > n_keep:
+        kth = _kth_largest(values, n_keep)
+        keep = values > max(kth, 0.0)
+        if kth > 0:
+            ties = (values == kth).nonzero().squeeze(1)
+            keep[ties[: n_keep - int(keep.sum())]] = True
+    else:
+        keep = values > 0
+    return _keep_entries(pattern, values, keep)
+
+
+def _kth_largest(values: Tensor, k: int) -> float:
+    return float(np.partition(values.numpy(), len(values) - k)[len(values) - k])
+
+
+def _sampled_bound(scores: Tensor, shift: Tensor, n_keep: int) -> float:
+    """A score that somewhat more than ``n_keep`` of all are likely to reach, from some 32 rows."""
+    sample = (scores[:: max(1, len(scores) // 32)].float() + shift).reshape(-1)
+    n_sample = min(int(1.3 * n_keep * len(sample) / scores.numel()) + 4, len(sample))
+    return max(0.0, float(sample.topk(n_sample, sorted=False).values.min()))
+
+
+def _empty(n: int, m: int) -> Pattern:
+    return Pattern(torch.zeros(n + 1, dtype=torch.long), torch.zeros(0, dtype=torch.int32), m)
+
+
+def _n_groups(m: int, k: int) -> int:
+    return min(m, max(_MIN_GROUPS, min(m // 8, _GROUPS_OF_8), m // 16, 2 * k))

@@ -1,0 +1,1 @@
+"""From the entries of a code to new weights: row gradients and their Adam step in one pass."""

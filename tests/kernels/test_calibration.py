@@ -1,0 +1,191 @@
+"""Which plan is chosen, and what is remembered of the timing. No test here looks at how long anything takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unweave.errors import UnweaveError
+from unweave.kernels import calibration
+from unweave.kernels.backend import backend, fastest, serves, why_not
+from unweave.kernels.calibration import PINS, fingerprint, measured, pin, plan_for
+from unweave.kernels.workspace import Plan
+
+needs_numba = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
+CPU = torch.device("cpu")
+LARGE = torch.zeros(4096, 128)  # an encoder large enough to be timed
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of each test's own; what other tests have learned is out of sight."""
+    monkeypatch.setenv("UNWEAVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("UNWEAVE_KERNELS", raising=False)
+    monkeypatch.setattr(calibration, "_known", {})
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def timings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replaces the timing by numbers that make the screen win; holds what was asked for."""
+    asked: list[tuple[Any, ...]] = []
+
+    def measure(*arguments: Any) -> dict[str, float]:
+        asked.append(arguments)
+        return {"reference": 3.0, "cpu": 2.0, "cpu+screen": 1.0}
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    return asked
+
+
+def forget_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process would find it."""
+    monkeypatch.setattr(calibration, "_known", {})
+
+
+@pytest.mark.parametrize("name", [name for name in PINS if not name.startswith("gpu")])
+def test_the_environment_pins_a_plan(name, monkeypatch, timings):
+    if reason := why_not(pin.__globals__["_parse"](name).backend):
+        pytest.skip(reason)
+    monkeypatch.setenv("UNWEAVE_KERNELS", name)
+    plan = plan_for(LARGE, 2048, "train")
+    assert (plan.backend, plan.screen) == (name.partition("+")[0], name.endswith("+screen"))
+    assert not timings
+
+
+@pytest.mark.parametrize("name", ["fast", "screen", "cpu+", "CPU", "cpu+screen+screen"])
+def test_an_unknown_pin_is_refused_with_the_known_ones(name, monkeypatch):
+    monkeypatch.setenv("UNWEAVE_KERNELS", name)
+    with pytest.raises(UnweaveError, match=r"expected one of reference, cpu, cpu\+screen, gpu, gpu\+screen, found"):
+        plan_for(LARGE, 2048)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_pin_that_cannot_run_here_says_why(monkeypatch):
+    monkeypatch.setenv("UNWEAVE_KERNELS", "gpu")
+    with pytest.raises(UnweaveError, match="'gpu' cannot be used here: no CUDA device"):
+        plan_for(LARGE, 2048)
+
+
+@needs_numba
+def test_a_pin_gives_way_where_it_cannot_hold(monkeypatch):
+    monkeypatch.setenv("UNWEAVE_KERNELS", "cpu+screen")
+    assert plan_for(LARGE.double(), 2048) == Plan("reference")
+    assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+
+
+def test_compiled_kernels_take_float32_on_their_own_device():
+    for name in ("cpu", "gpu"):
+        for dtype in (torch.float64, torch.float16, torch.bfloat16):
+            assert not serves(name, LARGE.to(dtype))
+    assert not serves("gpu", LARGE)
+    assert serves("reference", LARGE.double())
+    assert serves("cpu", LARGE) == (why_not("cpu") is None)
+    assert fastest(LARGE.double()) is backend("reference")
+
+
+@needs_numba
+def test_the_fastest_plan_is_taken_and_remembered(timings, own_cache, monkeypatch):
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", screen=True)
+    assert timings == [(128, 4096, 2048, "train", CPU)]
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", screen=True)
+    forget_in_memory(monkeypatch)
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", screen=True)
+    assert len(timings) == 1
+    assert measured(LARGE, 2048, "train") == {"reference": 3.0, "cpu": 2.0, "cpu+screen": 1.0}
+    (file,) = own_cache.iterdir()
+    assert file == calibration.file()
+    assert json.loads(file.read_text())["machine"] == json.loads(json.dumps(fingerprint()))
+
+
+@needs_numba
+def test_shapes_within_a_factor_of_two_share_and_others_do_not(timings):
+    cases: list[tuple[torch.Tensor, int, calibration.Purpose, int]] = [
+        (LARGE, 2048, "train", 1),
+        (torch.zeros(3000, 100), 1500, "train", 1),
+        (LARGE, 2048, "encode", 2),
+        (LARGE, 2049, "train", 3),
+        (torch.zeros(4097, 128), 2048, "train", 4),
+        (torch.zeros(4096, 129), 2048, "train", 5),
+        (LARGE, 2048, "encode", 5),
+    ]
+    for W, n_rows, purpose, n_asked in cases:
+        plan_for(W, n_rows, purpose)
+        assert len(timings) == n_asked
+    assert measured(LARGE, 17, "encode") == {}
+
+
+@needs_numba
+def test_small_encoders_and_small_batches_are_not_timed(timings, own_cache):
+    assert plan_for(torch.zeros(100, 24), 10**6, "train") == Plan("cpu")
+    assert plan_for(LARGE, 16) == Plan("cpu")
+    assert plan_for(LARGE.double(), 2048) == Plan("reference")
+    assert not timings
+    kept = json.loads(calibration.file().read_text())["seconds"]
+    assert set(kept) == {"train cpu compiled", "encode cpu compiled"}  # so the first use's wait is explained once
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "broken", ["", "{", "[]", "{}", "null", '{"machine": {}}', '{"seconds": {"train cpu": 1}}', "\xff"]
+)
+def test_a_broken_cache_is_measured_anew(broken, timings, monkeypatch):
+    plan_for(LARGE, 2048)
+    calibration.file().write_text(broken, encoding="latin-1")
+    forget_in_memory(monkeypatch)
+    assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+    assert len(timings) == 2
+    forget_in_memory(monkeypatch)
+    plan_for(LARGE, 2048)
+    assert len(timings) == 2
+
+
+@needs_numba
+@pytest.mark.parametrize("odd", [None, [], {}, {"warp": 1.0}, 7, {"cpu": "soon"}, {"cpu": None}])
+def test_an_entry_that_makes_no_sense_is_measured_anew(odd, timings, monkeypatch):
+    plan_for(LARGE, 2048)
+    values = json.loads(calibration.file().read_text())
+    values["seconds"] = dict.fromkeys(values["seconds"], odd)
+    calibration.file().write_text(json.dumps(values))
+    forget_in_memory(monkeypatch)
+    assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+    assert len(timings) == 2
+
+
+@needs_numba
+def test_forgetting_removes_the_file_and_what_is_in_memory(timings):
+    calibration.forget()  # nothing there yet
+    plan_for(LARGE, 2048)
+    calibration.forget()
+    assert not calibration.file().exists()
+    assert measured(LARGE, 2048, "encode") == {}
+    plan_for(LARGE, 2048)
+    assert len(timings) == 2
+
+
+@needs_numba
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_timing(timings, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("UNWEAVE_CACHE", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+    assert len(timings) == 1
+
+
+@needs_numba
+def test_another_number_of_threads_has_timings_of_its_own(monkeypatch):
+    before = calibration.file()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert calibration.file() != before
+
+
+@needs_numba
+@pytest.mark.parametrize("purpose", ["train", "encode"])
+def test_measuring_times_every_candidate(purpose):
+    seconds = calibration.measure(16, 300, 40, purpose, CPU)
+    assert set(seconds) == {"reference", "cpu", "cpu+screen"}
+    assert all(0 < value < 60 for value in seconds.values())
