@@ -10,7 +10,14 @@ from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._linear import geometric_median
 from unweave.errors import UnweaveError
 
-OPTIONS = {"topk": {"k": 3}, "batch_topk": {"k": 3}, "jumprelu": {"target_l0": 3.0}, "relu": {}}
+OPTIONS = {
+    "topk": {"k": 3},
+    "batch_topk": {"k": 3},
+    "jumprelu": {"target_l0": 3.0},
+    "relu": {},
+    "abs_topk": {"k": 3},
+    "matryoshka": {"k": 3, "group_fractions": (0.1, 0.3, 0.6)},
+}
 ARCHS = list(OPTIONS)
 
 
@@ -54,8 +61,10 @@ def test_loss_gradients_equal_a_dense_rewriting(arch):
     subtract = dictionary.b_dec if dictionary.config.subtract_bias else 0
     u = (x - subtract) @ dictionary.W_enc.T + dictionary.b_enc
     mask = loss.code.nonzero().dense() != 0
-    z = u.relu() * mask
-    total = (x - z @ dictionary.W_dec - dictionary.b_dec).square().sum(1).mean()
+    z = (u if arch == "abs_topk" else u.relu()) * mask
+    ends = dictionary.config.prefix_ends() if arch == "matryoshka" else [40]
+    errors = [x - z[:, :end] @ dictionary.W_dec[:end] - dictionary.b_dec for end in ends]
+    total = sum(error.square().sum(1).mean() for error in errors) / len(ends)
     if arch == "relu":
         total = total + 5 / 12**0.5 * (z * dictionary.W_dec.norm(dim=1)).sum(1).mean()
     if arch == "jumprelu":

@@ -10,7 +10,15 @@ from unweave.kernels.autograd import sparse_decode
 from unweave.kernels.select.reference import select_topk
 
 
-def auxk_loss(dictionary: LinearDictionary, x: Tensor, residual: Tensor, dead: Tensor | None, k_aux: int) -> Tensor:
+def auxk_loss(
+    dictionary: LinearDictionary,
+    x: Tensor,
+    residual: Tensor,
+    dead: Tensor | None,
+    k_aux: int,
+    *,
+    signed: bool = False,
+) -> Tensor:
     """How badly the ``k_aux`` strongest dead features of each row explain the residual, as a share of its variance.
 
     Only the dead features are gathered and multiplied, so the cost follows their number.
@@ -18,6 +26,7 @@ def auxk_loss(dictionary: LinearDictionary, x: Tensor, residual: Tensor, dead: T
     Args:
         x: ``(n, d_in)`` input. residual: ``(n, d_out)``, target minus reconstruction (no gradient flows into it).
         dead: ``(n_features,)`` boolean, or None.
+        signed: strongest by magnitude, with values of either sign.
     """
     at = dead.nonzero().squeeze(1) if dead is not None else None
     if at is None or len(at) == 0:
@@ -25,8 +34,10 @@ def auxk_loss(dictionary: LinearDictionary, x: Tensor, residual: Tensor, dead: T
     residual = residual.detach()
     W_enc, b_enc, W_dec = dictionary.W_enc[at], dictionary.b_enc[at], dictionary.W_dec[at]
     scores = F.linear(dictionary.centre(x).detach(), W_enc, b_enc)
-    pattern = select_topk(scores.detach(), min(k_aux, len(at)))
-    values = F.relu(scores.reshape(-1)[pattern.flat])
+    strength = scores.detach().abs() if signed else scores.detach()
+    pattern = select_topk(strength, min(k_aux, len(at)))
+    values = scores.reshape(-1)[pattern.flat]
+    values = values if signed else F.relu(values)
     error = (residual - sparse_decode(values, W_dec, pattern)).square().sum()
     variance = (residual - residual.mean(0)).square().sum()
     return (error / variance.clamp_min(1e-12)).nan_to_num(0.0)

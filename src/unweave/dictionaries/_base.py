@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -47,12 +48,15 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss returns: ``total`` to differentiate, its ``terms`` for the log, and the code it was made with."""
+    """What a loss returns: ``total`` to differentiate, its ``terms`` for the log, and the code it was made with.
+
+    ``reconstruction`` is only measured now and then: a tensor, or a function that makes it.
+    """
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     code: SparseCode | None = None
-    reconstruction: Tensor | None = None
+    reconstruction: Tensor | Callable[[], Tensor] | None = None
 
 
 class Dictionary(nn.Module):

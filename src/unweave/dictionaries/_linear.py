@@ -7,10 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unweave.codes import SparseCode
-from unweave.dictionaries._base import Dictionary, DictionaryConfig
+from unweave.dictionaries._base import Dictionary, DictionaryConfig, Loss, TrainingBatch
+from unweave.dictionaries._closed_form import Backward, Fit, Gradients, Step, closed_form, plain_fit
 from unweave.errors import UnweaveError
 from unweave.kernels.autograd import sparse_decode, sparse_encode
+from unweave.kernels.calibration import plan_for
 from unweave.kernels.pattern import Pattern
+from unweave.kernels.select import Rule, reference, select
+from unweave.kernels.workspace import Workspace
 
 
 class LinearConfig(DictionaryConfig):
@@ -26,7 +30,8 @@ class LinearConfig(DictionaryConfig):
 class LinearDictionary(Dictionary):
     """``u = (x - b_dec) W_enc^T + b_enc``; some entries of ``u`` become the code ``z``; ``x_hat = z W_dec + b_dec``.
 
-    Subclasses say which entries (``select``) and what becomes of their values (``activate``).
+    Subclasses say which entries (``rule``, or ``select`` for what no rule says) and what becomes of their values
+    (``activate``).
     """
 
     Config = LinearConfig
@@ -49,9 +54,22 @@ class LinearDictionary(Dictionary):
 
     # ---- what subclasses choose -------------------------------------------------------------------------------
 
+    def rule(self) -> Rule:
+        """Which entries become the code, in the present mode (training or eval)."""
+        raise NotImplementedError
+
     def select(self, scores: Tensor) -> Pattern:
         """The entries of the code, from the pre-activations ``(n, n_features)``."""
-        raise NotImplementedError
+        return select(reference, self.rule(), scores)[0]
+
+    def training_rule(self) -> Rule:
+        """Which entries the training loss needs; more than the code's where the loss looks beyond them."""
+        return self.rule()
+
+    @property
+    def unit_norm(self) -> bool:
+        """Whether atoms stay on the unit sphere."""
+        return True
 
     def activate(self, values: Tensor, pattern: Pattern) -> Tensor:
         """The values of the code, from the pre-activations at its entries."""
@@ -67,7 +85,13 @@ class LinearDictionary(Dictionary):
         return F.linear(self.centre(self.check_input(x)), self.W_enc, self.b_enc)
 
     def encode(self, x: Tensor) -> SparseCode:
-        pattern, values = self._entries(self.check_input(x))
+        x = self.check_input(x)
+        own = "select" in vars(self) or not _settled_by(type(self), LinearDictionary, "select", "_entries")
+        if torch.is_grad_enabled() or own:
+            pattern, values = self._entries(x)
+        else:
+            work = Workspace(plan_for(self.W_enc, len(x)), x.device)
+            pattern, values = work.select(self.rule(), self.centre(x), self.W_enc, self.b_enc)
         return SparseCode.from_pattern(pattern, self.activate(values, pattern))
 
     def _entries(self, x: Tensor) -> tuple[Pattern, Tensor]:
@@ -94,11 +118,42 @@ class LinearDictionary(Dictionary):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        remove_parallel_gradient(self.W_dec)
+        if self.unit_norm:
+            remove_parallel_gradient(self.W_dec)
 
     @torch.no_grad()
-    def after_step(self, loss: object, progress: float) -> None:
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
+    def after_step(self, loss: Loss, progress: float) -> None:
+        if self.unit_norm:
+            self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
+        self.observe(loss, progress)
+
+    def observe(self, loss: Loss, progress: float) -> None:
+        """After the weights have moved: update thresholds and statistics."""
+
+    # ---- the step without autograd ----------------------------------------------------------------------------
+
+    def backward(self, step: Step) -> Backward:
+        """From the gradient of the squared error by the code to that of the loss by the pre-activations.
+
+        An architecture that defines this beside its ``loss`` is trained without autograd. Both say the same: a
+        subclass that changes what only autograd sees (``loss``, ``activate``, ``before_step``, ...) and not this is
+        trained by autograd again.
+        """
+        raise NotImplementedError
+
+    def fit(self, pattern: Pattern, values: Tensor, target: Tensor, work: Workspace) -> Fit:
+        """The squared errors of a code and their gradients; the part of ``loss`` before ``backward``."""
+        return plain_fit(pattern, values, self.W_dec.detach(), self.b_dec.detach(), target, work)
+
+    def closed_form(self, batch: TrainingBatch, work: Workspace) -> tuple[Loss, Gradients] | None:
+        """Loss and gradients of a batch without autograd; None where it has to be autograd after all."""
+        return closed_form(self, batch, work) if self.has_closed_form() else None
+
+    @classmethod
+    def has_closed_form(cls) -> bool:
+        """Whether ``backward`` and ``fit`` speak for everything that this class does in a training step."""
+        owner = next((c for c in cls.__mro__ if "backward" in vars(c) or "fit" in vars(c)), LinearDictionary)
+        return owner is not LinearDictionary and _settled_by(cls, owner, *SPOKEN_FOR)
 
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
@@ -107,6 +162,18 @@ class LinearDictionary(Dictionary):
         self.W_enc.mul_(scale / out)
         self.b_enc.div_(out)
         self.b_dec.div_(out)
+
+
+# What the closed form computes in its own way; anything else may be overridden freely.
+SPOKEN_FOR = frozenset(
+    ("loss", "encode", "decode", "_entries", "centre", "select", "activate", "threshold", "before_step", "after_step")
+)
+
+
+def _settled_by(cls: type, owner: type, *methods: str) -> bool:
+    """Whether no class below ``owner`` overrides one of the methods."""
+    below = cls.__mro__[: cls.__mro__.index(owner)]
+    return not any(method in vars(c) for c in below for method in methods)
 
 
 def remove_parallel_gradient(W: nn.Parameter) -> None:
@@ -136,7 +203,7 @@ def scale_to_unit_gain(dictionary: LinearDictionary, sample: Tensor) -> None:
     centred = F.normalize(dictionary.centre(sample), dim=1)
     scores = F.linear(centred, dictionary.W_enc)
     pattern = dictionary.select(scores)
-    values = scores.reshape(-1)[pattern.flat].clamp_min(0)
+    values = dictionary.activate(scores.reshape(-1)[pattern.flat], pattern)
     gain = sparse_decode(values, dictionary.W_dec, pattern).norm(dim=1).mean()
     if float(gain) > 0:
         dictionary.W_enc.div_(gain)

@@ -9,8 +9,9 @@ from torch import Tensor
 from unweave.dictionaries._base import Loss
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.topk import TopK, TopKConfig
-from unweave.kernels.pattern import Pattern
-from unweave.kernels.select.reference import select_above, select_batch_topk, select_topk
+from unweave.kernels.select import AboveRule, BatchTopKRule, Rule, TopKRule
+
+_A_LITTLE_LESS = 0.95  # batches differ; a guess that is too high costs a second pass
 
 
 class BatchTopKConfig(TopKConfig):
@@ -42,16 +43,14 @@ class BatchTopK(TopK):
         self.register_buffer("threshold", torch.tensor(-1.0))
         self.register_buffer("n_updates", torch.tensor(0))
 
-    def select(self, scores: Tensor) -> Pattern:
+    def rule(self) -> Rule:
+        threshold = float(self.threshold)
         if self.training:
-            return select_batch_topk(scores, self.config.k)
-        if float(self.threshold) < 0:
-            return select_topk(scores, self.config.k)
-        return select_above(scores, self.threshold)
+            return BatchTopKRule(self.config.k, bound=_A_LITTLE_LESS * threshold if threshold > 0 else None)
+        return AboveRule(threshold, 2 * self.config.k) if threshold >= 0 else TopKRule(self.config.k)
 
     @torch.no_grad()
-    def after_step(self, loss: Loss, progress: float) -> None:
-        super().after_step(loss, progress)
+    def observe(self, loss: Loss, progress: float) -> None:
         assert loss.code is not None
         if loss.code.nnz == 0:
             return

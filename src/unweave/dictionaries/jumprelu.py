@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._closed_form import Backward, Step
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
 from unweave.dictionaries.registry import register
 from unweave.kernels.autograd import sparse_encode
+from unweave.kernels.gradients.reference import sum_by_feature
 from unweave.kernels.pattern import Pattern
-from unweave.kernels.select.reference import select_above
+from unweave.kernels.select import AboveRule, Rule, reference, select
 
 
 class JumpReLUConfig(LinearConfig):
@@ -86,8 +88,15 @@ class JumpReLU(LinearDictionary):
         """``(n_features,)``, in the units of the codes."""
         return self.log_threshold.exp()
 
-    def select(self, scores: Tensor) -> Pattern:
-        return select_above(scores, self.threshold)
+    def rule(self) -> Rule:
+        return AboveRule(self.threshold.detach(), 2 * self.config.target_l0)
+
+    def training_rule(self) -> Rule:
+        # Entries just below their threshold give no output but do push the threshold.
+        return AboveRule(self.threshold.detach() - self.config.bandwidth / 2, 2 * self.config.target_l0)
+
+    def activate(self, values: Tensor, pattern: Pattern) -> Tensor:
+        return values * (values > self.threshold[pattern.indices.long()])
 
     def loss(self, batch: TrainingBatch) -> Loss:
         x = self.check_input(batch.input)
@@ -95,8 +104,7 @@ class JumpReLU(LinearDictionary):
         threshold = self.threshold
         with torch.no_grad():
             scores = F.linear(centred, self.W_enc, self.b_enc)
-            # Entries just below their threshold give no output but do push the threshold.
-            pattern = select_above(scores, threshold - self.config.bandwidth / 2)
+            pattern = select(reference, self.training_rule(), scores)[0]
         u = sparse_encode(centred, self.W_enc, self.b_enc, scores, pattern)
         values, fires = _Jump.apply(u, threshold[pattern.indices.long()], self.config.bandwidth)  # type: ignore[misc]
         code = SparseCode.from_pattern(pattern, values)
@@ -106,6 +114,20 @@ class JumpReLU(LinearDictionary):
         penalty = self._penalty(l0, batch.progress)
         terms = {"mse": mse.detach(), "sparsity": penalty.detach()}
         return Loss(mse + penalty, terms, code.detach(), reconstruction.detach())
+
+    def backward(self, step: Step) -> Backward:
+        config, features, n = self.config, step.pattern.indices.long(), max(1, len(step.x))
+        threshold = self.threshold.detach()
+        at = threshold[features]
+        fires = step.u > at
+        l0 = (fires.sum().to(step.u) / n).requires_grad_()
+        with torch.enable_grad():
+            penalty = self._penalty(l0, step.batch.progress)
+        (grad_l0,) = torch.autograd.grad(penalty, l0)
+        window = ((step.u - at).abs() < config.bandwidth / 2).to(step.u.dtype) / config.bandwidth
+        pushes = sum_by_feature(step.pattern, -window * (at * step.grads + grad_l0 / n))
+        penalty = penalty.detach()
+        return Backward(step.grads * fires, penalty, {"sparsity": penalty}, dense={"log_threshold": pushes * threshold})
 
     def _penalty(self, l0: Tensor, progress: float) -> Tensor:
         config = self.config

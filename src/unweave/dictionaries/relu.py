@@ -7,14 +7,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
-from torch import Tensor
 
 from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._closed_form import Backward, Step
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
 from unweave.dictionaries.registry import register
-from unweave.kernels.gradients.reference import sum_by_feature
-from unweave.kernels.pattern import Pattern
-from unweave.kernels.select.reference import select_above
+from unweave.kernels.gradients.reference import Extra, sum_by_feature
+from unweave.kernels.select import AboveRule, Rule
 
 
 class ReLUConfig(LinearConfig):
@@ -50,8 +49,12 @@ class ReLU(LinearDictionary):
     def default_lr(self) -> float:
         return 3e-4
 
-    def select(self, scores: Tensor) -> Pattern:
-        return select_above(scores, 0.0)
+    @property
+    def unit_norm(self) -> bool:
+        return self.config.variant == "standard"
+
+    def rule(self) -> Rule:
+        return AboveRule(0.0)
 
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
@@ -67,15 +70,14 @@ class ReLU(LinearDictionary):
         full = default if config.l1_coefficient is None else config.l1_coefficient
         return full * min(1.0, progress / config.l1_warmup) if config.l1_warmup else full
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        if self.config.variant == "standard":
-            super().before_step()
-
-    @torch.no_grad()
-    def after_step(self, loss: object, progress: float) -> None:
-        if self.config.variant == "standard":
-            super().after_step(loss, progress)
+    def backward(self, step: Step) -> Backward:
+        W_dec, n = self.W_dec.detach(), max(1, len(step.x))
+        coefficient, norms = self._coefficient(step.batch.progress), W_dec.norm(dim=1)
+        sums = sum_by_feature(step.pattern, step.values)
+        l1 = (sums * norms).sum() / n
+        grad = step.grads + coefficient / n * norms[step.pattern.indices.long()]
+        pull = coefficient / n * sums / norms.clamp_min(1e-12)
+        return Backward(grad, coefficient * l1, {"l1": l1}, decoder=Extra(pull=pull))
 
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
@@ -9,10 +11,11 @@ from torch import Tensor
 
 from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._closed_form import Backward, Step, auxk_backward
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary, scale_to_unit_gain
 from unweave.dictionaries.registry import register
 from unweave.kernels.pattern import Pattern
-from unweave.kernels.select.reference import select_topk
+from unweave.kernels.select import Rule, TopKRule
 
 
 class TopKConfig(LinearConfig):
@@ -40,22 +43,29 @@ class TopK(LinearDictionary):
 
     Config = TopKConfig
     citation = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093"
+    signed: ClassVar[bool] = False  # whether features are ranked by magnitude and may be negative
 
-    def select(self, scores: Tensor) -> Pattern:
-        return select_topk(scores, self.config.k)
+    def rule(self) -> Rule:
+        return TopKRule(self.config.k, signed=self.signed)
 
     def activate(self, values: Tensor, pattern: Pattern) -> Tensor:
-        return F.relu(values)
+        return values if self.signed else F.relu(values)
 
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
         reconstruction = self.decode(code)
         residual = batch.target - reconstruction
         mse = residual.square().sum(1).mean()
-        k_aux = self.config.k_aux or max(1, self.d_in // 2)
-        auxk = auxk_loss(self, batch.input, residual, batch.dead, k_aux)
+        auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux, signed=self.signed)
         total = mse + self.config.auxk_coefficient * auxk
         return Loss(total, {"mse": mse.detach(), "auxk": auxk.detach()}, code.detach(), reconstruction.detach())
+
+    def backward(self, step: Step) -> Backward:
+        return auxk_backward(self, step, self._k_aux, self.config.auxk_coefficient, signed=self.signed)
+
+    @property
+    def _k_aux(self) -> int:
+        return self.config.k_aux or max(1, self.d_in // 2)
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor) -> None:

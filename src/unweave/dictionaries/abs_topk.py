@@ -1,0 +1,18 @@
+"""AbsTopK: the k features of largest magnitude, of either sign."""
+
+from __future__ import annotations
+
+from unweave.dictionaries.registry import register
+from unweave.dictionaries.topk import TopK
+
+
+@register("abs_topk")
+class AbsTopK(TopK):
+    """``z = u`` where ``|u|`` is among the row's k largest, else 0: one feature serves both directions of an axis.
+
+    The proximal step of ``||z||_0 <= k``, as TopK is that of ``||z||_0 <= k`` with ``z >= 0``. AuxK too ranks by
+    magnitude.
+    """
+
+    citation = "Zhu, Khalili, Zhu 2026, AbsTopK: rethinking sparse autoencoders for bidirectional features, ICLR"
+    signed = True
