@@ -204,7 +204,7 @@ def test_batches_that_do_not_fit_are_refused(tmp_path, fake_source):
             store.append(batch)
     assert store.n_pending_rows == 0
     with pytest.raises(UnweaveError, match="stored as one of"):
-        ActivationStore.create(tmp_path / "other", {}, 8, dtype="int8")
+        ActivationStore.create(tmp_path / "other", {}, 8, dtype="int4")
     with pytest.raises(UnweaveError, match="plain JSON"):
         ActivationStore.create(tmp_path / "other", {"x": object()}, 8)
 

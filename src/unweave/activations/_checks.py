@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from unweave.activations._manifest import DTYPES, Manifest, dtype_name
+from unweave.activations._manifest import Manifest, dtype_name
 from unweave.batch import ActivationBatch
 from unweave.errors import UnweaveError
+
+_CONVERTS = {False: "a store never converts", True: "an int8 store gives back rows of the dtype it was given"}
 
 
 def check_batch(batch: ActivationBatch, manifest: Manifest, n_items: int, n_batches: int) -> None:
@@ -20,10 +22,10 @@ def check_batch(batch: ActivationBatch, manifest: Manifest, n_items: int, n_batc
     for name, rows, width in widths:
         if tuple(rows.shape) != (n, width):
             raise UnweaveError(f"batch.{name}: expected shape ({n}, {width}), found {tuple(rows.shape)}")
-        if rows.dtype != DTYPES[manifest.dtype]:
+        if rows.dtype != manifest.read_dtype:
             raise UnweaveError(
-                f"batch.{name}: expected {manifest.dtype} rows, found {dtype_name(rows.dtype)}. Cast them, or make "
-                "the store with their dtype: a store never converts"
+                f"batch.{name}: expected {dtype_name(manifest.read_dtype)} rows, found {dtype_name(rows.dtype)}. Cast "
+                f"them, or make the store with their dtype: {_CONVERTS[manifest.dtype == 'int8']}"
             )
     if batch.target is not batch.input and manifest.d_out is None:
         raise UnweaveError("the batch has a separate target, but the store was made without one (d_out=None)")

@@ -14,12 +14,18 @@ def describe(store: ActivationStore) -> list[tuple[str, str]]:
     return [
         ("folder", str(store.folder)),
         ("state", "complete" if store.complete else "unfinished (run the same harvest again to go on)"),
-        ("rows", f"{store.n_rows:,} of width {store.d_in}, {str(store.dtype).removeprefix('torch.')}"),
+        ("rows", f"{store.n_rows:,} of width {store.d_in}, {dtype_words(store)}"),
         ("target", f"width {store.d_out}, stored apart" if store.has_target else "the input itself"),
         ("contexts", f"{store.n_items:,} in {store.n_batches:,} batches"),
         ("tokens", f"{store.n_tokens:,} ({per_item}; {store.n_tokens - store.n_rows:,} without a row)"),
         ("shards", f"{store.n_shards}, {size_words(store.bytes)}"),
     ] + [(key, _words(value)) for key, value in store.provenance.items()]
+
+
+def dtype_words(store: ActivationStore) -> str:
+    """``bfloat16``, or ``int8 read as bfloat16``."""
+    rows = store.manifest.rows_dtype
+    return f"{store.manifest.dtype}{f' read as {rows}' if rows else ''}"
 
 
 def size_words(n: float) -> str:

@@ -21,6 +21,7 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+STORED = {**DTYPES, "int8": torch.int8}  # what the rows may be on disk; int8 rows are read back as one of DTYPES
 COUNTS = ("n_rows", "n_items", "n_tokens", "n_batches")
 
 _SHARD_ROWS = 1 << 16
@@ -40,13 +41,17 @@ class ShardEntry(Config):
 
 
 class Manifest(Config):
-    """The whole of manifest.json. Totals must equal the sums over the shards."""
+    """The whole of manifest.json. Totals must equal the sums over the shards.
+
+    ``dtype`` is what lies on disk. Rows are read as ``rows_dtype`` where that is set (int8), else as they lie.
+    """
 
     format: Literal["unweave.activations/1"] = FORMAT
     provenance: dict[str, Any]
     d_in: PositiveInt
     d_out: PositiveInt | None
-    dtype: Literal["bfloat16", "float16", "float32", "float64"]
+    dtype: Literal["bfloat16", "float16", "float32", "float64", "int8"]
+    rows_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     n_rows: NonNegativeInt = 0
     n_items: NonNegativeInt = 0
     n_tokens: NonNegativeInt = 0
@@ -65,7 +70,14 @@ class Manifest(Config):
             total = sum(getattr(shard, name) for shard in self.shards)
             if getattr(self, name) != total:
                 raise ValueError(f"{name} is {getattr(self, name)}, but its shards add up to {total}")
+        if (self.dtype == "int8") != (self.rows_dtype is not None):
+            raise ValueError("rows_dtype says what int8 rows are read as, and goes with dtype int8 only")
         return self
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """What rows are handed out as, and must be appended as."""
+        return DTYPES[self.rows_dtype or self.dtype]
 
     def with_shard(self, index: int, entry: ShardEntry, *, complete: bool) -> Manifest:
         """A copy with shard ``index`` added or replaced."""
@@ -86,9 +98,28 @@ def default_shard_rows(row_bytes: int) -> int:
 def dtype_name(dtype: str | torch.dtype) -> str:
     """``"bfloat16"`` for ``torch.bfloat16`` or ``"bfloat16"``."""
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise UnweaveError(f"activations are stored as one of {', '.join(DTYPES)}, found {name!r}")
+    if name not in STORED:
+        raise UnweaveError(f"activations are stored as one of {', '.join(STORED)}, found {name!r}")
     return name
+
+
+def rows_dtype_name(stored: str, rows: str | torch.dtype | None) -> str | None:
+    """The ``rows_dtype`` of a manifest whose ``dtype`` is ``stored``."""
+    name = None if rows is None else dtype_name(rows)
+    if stored == "int8":
+        if name in ("int8", "float64"):
+            raise UnweaveError(
+                f"int8 keeps bfloat16, float16 or float32 rows, found {name} rows: store them as they are"
+            )
+        return name or "bfloat16"
+    if name not in (None, stored):
+        raise UnweaveError(f"only int8 rows are read back as another dtype: rows_dtype {name} with dtype {stored}")
+    return None
+
+
+def as_stored(provenance: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Provenance of rows kept as ``dtype``: int8 rows are not the rows of the source, and say so."""
+    return {**provenance, "stored": dtype} if dtype == "int8" else dict(provenance)
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.activations._manifest import DTYPES, FORMAT, Manifest, ShardEntry
+from unweave.activations._int8 import dequantise, is_sound, quantise
+from unweave.activations._manifest import FORMAT, STORED, Manifest, ShardEntry
 from unweave.batch import ActivationBatch, Items, Meta
 from unweave.errors import UnweaveError
 from unweave.files import sha256_file, write_tensors
@@ -39,12 +41,16 @@ class ShardBuilder:
         self.n_rows += batch.n_rows
         self.n_items += len(items)
 
-    def write(self, folder: Path, file: str, separate_target: bool) -> ShardEntry:
+    def write(self, folder: Path, file: str, manifest: Manifest) -> ShardEntry:
         """Write the shard atomically. The same batches always give the same bytes."""
         whole = concatenate(self.batches)
         sizes = torch.tensor([0] + [len(batch.items) for batch in self.batches])
+        rows = {"input": whole.input}
+        if manifest.d_out is not None:
+            tied = whole.target is whole.input  # safetensors refuses two names for one storage
+            rows["target"] = whole.target.clone() if tied else whole.target
         tensors = {
-            "input": whole.input,
+            **(_as_int8(rows) if manifest.dtype == "int8" else rows),
             "row_token": whole.row_token,
             "tokens": whole.items.tokens,
             "item_offsets": whole.items.offsets,
@@ -52,9 +58,6 @@ class ShardBuilder:
             "item_start": whole.items.start,
             "batch_items": sizes.cumsum(0),
         }
-        if separate_target:
-            tied = whole.target is whole.input  # safetensors refuses two names for one storage
-            tensors["target"] = whole.target.clone() if tied else whole.target
         # One metadata key only: safetensors writes several in no fixed order, and bytes must not depend on luck.
         write_tensors(folder / file, tensors, {"format": FORMAT})
         return ShardEntry(
@@ -87,16 +90,15 @@ class ShardReader:
         except (SafetensorError, OSError) as error:
             raise UnweaveError(f"{path} is not a whole safetensors file ({error}). {how_to_repair(path)}") from None
         self._check_header(handle, entry, manifest)
-        self._input = handle.get_slice("input")
-        self._target = None if manifest.d_out is None else handle.get_slice("target")
+        self._input = _RowReader(handle, "input", manifest)
+        self._target = None if manifest.d_out is None else _RowReader(handle, "target", manifest)
         self.row_token: Tensor = handle.get_tensor("row_token")
         self.batch_items: Tensor = handle.get_tensor("batch_items")
         self.items = Items(*(handle.get_tensor(f) for f in ("tokens", "item_offsets", "item_document", "item_start")))
 
     def _check_header(self, handle: Any, entry: ShardEntry, manifest: Manifest) -> None:
-        rows = _SAFETENSORS_NAMES[DTYPES[manifest.dtype]]
+        dtype = _SAFETENSORS_NAMES[STORED[manifest.dtype]]
         expected = {
-            "input": (rows, [entry.n_rows, manifest.d_in]),
             "row_token": ("I64", [entry.n_rows]),
             "tokens": ("I32", [entry.n_tokens]),
             "item_offsets": ("I64", [entry.n_items + 1]),
@@ -104,8 +106,11 @@ class ShardReader:
             "item_start": ("I32", [entry.n_items]),
             "batch_items": ("I64", [entry.n_batches + 1]),
         }
-        if manifest.d_out is not None:
-            expected["target"] = (rows, [entry.n_rows, manifest.d_out])
+        for name, width in (("input", manifest.d_in), ("target", manifest.d_out)):
+            if width is not None:
+                expected[name] = (dtype, [entry.n_rows, width])
+                if manifest.dtype == "int8":
+                    expected |= {f"{name}.scale": ("F32", [entry.n_rows]), f"{name}.channel": ("F32", [width])}
         names: list[str] = handle.keys()
         slices = {name: handle.get_slice(name) for name in names}
         found = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
@@ -124,9 +129,12 @@ class ShardReader:
             and _rises(self.batch_items, len(items))
             and (self.n_rows == 0 or 0 <= int(self.row_token[0]) <= int(self.row_token[-1]) < items.n_tokens)
             and bool((self.row_token.diff() > 0).all())
+            and all(rows.is_sound() for rows in (self._input, self._target) if rows is not None)
         )
         if not good:
-            raise UnweaveError(f"{self.path}: its items and rows do not fit together. {how_to_repair(self.path)}")
+            raise UnweaveError(
+                f"{self.path}: its items, rows and scales do not fit together. {how_to_repair(self.path)}"
+            )
 
     @cached_property
     def row_offsets(self) -> Tensor:
@@ -139,17 +147,17 @@ class ShardReader:
         return torch.searchsorted(self.row_token, self.items.offsets).diff()
 
     def input(self, rows: slice | Tensor) -> Tensor:
-        """``(n, d_in)``: a view for a slice, a copy for an index tensor."""
-        return self._input[rows] if isinstance(rows, slice) else self._input[:].index_select(0, rows)
+        """``(n, d_in)``: a view for a slice (int8 rows: a copy), a copy for an index tensor."""
+        return self._input.read(rows)
 
     def target(self, rows: slice | Tensor) -> Tensor:
-        if self._target is None:
-            return self.input(rows)
-        return self._target[rows] if isinstance(rows, slice) else self._target[:].index_select(0, rows)
+        return (self._target or self._input).read(rows)
 
     def item_of(self, rows: slice | Tensor) -> Tensor:
         """``(n,)`` int64, the item of each row, numbered within the shard."""
-        return torch.searchsorted(self.items.offsets, self.row_token[rows], right=True) - 1
+        # Not torch's: it calls up threads for the 256 rows of a block, and waits for them on a busy machine.
+        found = np.searchsorted(self.items.offsets.numpy(), self.row_token[rows].numpy(), side="right")
+        return torch.from_numpy(found - 1)
 
     def document(self, rows: slice | Tensor) -> Tensor:
         return self.items.document[self.item_of(rows)]
@@ -178,6 +186,26 @@ class ShardReader:
         items = self.items[which]
         items = Items(items.tokens.clone(), items.offsets, items.document.clone(), items.start.clone())
         return ActivationBatch(inputs, target, items, self.row_token[rows] - self.items.offsets[which.start])
+
+
+class _RowReader:
+    """The rows under one name in a shard's file, as they are or from int8."""
+
+    def __init__(self, handle: Any, name: str, manifest: Manifest) -> None:
+        self._slice = handle.get_slice(name)
+        self._dtype = manifest.read_dtype
+        self._scales: tuple[Tensor, Tensor] | None = None
+        if manifest.dtype == "int8":
+            self._scales = handle.get_tensor(f"{name}.scale"), handle.get_tensor(f"{name}.channel")
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        stored = self._slice[rows] if isinstance(rows, slice) else self._slice[:].index_select(0, rows)
+        if self._scales is None:
+            return stored
+        return dequantise(stored, self._scales[0][rows], self._scales[1], self._dtype)
+
+    def is_sound(self) -> bool:
+        return self._scales is None or is_sound(*self._scales)
 
 
 class ShardPool:
@@ -223,7 +251,20 @@ def how_to_repair(path: Path) -> str:
     )
 
 
-_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_SAFETENSORS_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+}
+
+
+def _as_int8(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, values in rows.items():
+        tensors[name], tensors[f"{name}.scale"], tensors[f"{name}.channel"] = quantise(values)
+    return tensors
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from unweave.activations._checks import check_batch
-from unweave.activations._describe import describe, size_words
+from unweave.activations._describe import describe, dtype_words, size_words
 from unweave.activations._manifest import (
     DTYPES,
     Manifest,
+    as_stored,
     default_shard_rows,
     differences,
     dtype_name,
     load_manifest,
     plain_json,
+    rows_dtype_name,
     save_manifest,
     shard_name,
 )
@@ -63,6 +65,7 @@ class ActivationStore:
         d_out: int | None = None,
         dtype: str | torch.dtype = "bfloat16",
         *,
+        rows_dtype: str | torch.dtype | None = None,
         shard_rows: int | None = None,
     ) -> ActivationStore:
         """A new, empty store.
@@ -71,7 +74,10 @@ class ActivationStore:
             folder: made if it is not there; must not hold a store yet.
             provenance: JSON-able, everything the rows depend on.
             d_in: width of the input rows. d_out: width of the targets; None when the target is the input.
-            dtype: of the rows; nothing is converted on the way.
+            dtype: of the rows; nothing is converted on the way. "int8" alone halves bfloat16: rows are kept as 8-bit
+                integers, with a scale for each row and, in each shard, for each channel, and are read back as
+                ``rows_dtype``. What is lost depends on the model; ``benchmarks/int8_store.py`` measures it.
+            rows_dtype: of the rows given to and read from an int8 store: bfloat16 (default), float16 or float32.
             shard_rows: a shard is closed after the batch that brings it to this many rows (65,536, or fewer for
                 very wide rows).
         """
@@ -81,12 +87,14 @@ class ActivationStore:
         if any(folder.glob("shard-*.safetensors")):
             raise UnweaveError(f"{folder} holds shards but no manifest.json: delete them or choose another folder")
         name = dtype_name(dtype)
-        row_bytes = (d_in + (d_out or 0)) * DTYPES[name].itemsize
+        rows_name = rows_dtype_name(name, rows_dtype)
+        row_bytes = (d_in + (d_out or 0)) * DTYPES[rows_name or name].itemsize  # as a writer holds them
         manifest = Manifest(
-            provenance=plain_json(provenance),
+            provenance=plain_json(as_stored(provenance, name)),
             d_in=d_in,
             d_out=d_out,
             dtype=name,  # pyright: ignore[reportArgumentType]
+            rows_dtype=rows_name,  # pyright: ignore[reportArgumentType]
             shard_rows=shard_rows or default_shard_rows(max(1, row_bytes)),
         )
         save_manifest(folder, manifest)
@@ -137,6 +145,11 @@ class ActivationStore:
         return self._pending.n_rows
 
     @property
+    def n_pending_batches(self) -> int:
+        """Batches appended but not yet in a finished shard."""
+        return len(self._pending.batches)
+
+    @property
     def d_in(self) -> int:
         return self.manifest.d_in
 
@@ -152,7 +165,8 @@ class ActivationStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.manifest.dtype]
+        """Of the rows as they are read (of an int8 store: bfloat16, or what it was made for)."""
+        return self.manifest.read_dtype
 
     @property
     def complete(self) -> bool:
@@ -171,7 +185,7 @@ class ActivationStore:
         pending = f" + {self.n_pending_rows:,} pending" if self.n_pending_rows else ""
         where = self.provenance.get("site")
         return (
-            f"ActivationStore({str(self.folder)!r}: {self.n_rows:,} rows{pending} x {width} {self.manifest.dtype}, "
+            f"ActivationStore({str(self.folder)!r}: {self.n_rows:,} rows{pending} x {width} {dtype_words(self)}, "
             f"{self.n_items:,} items, {self.n_shards} shards, {size_words(self.bytes)}, {state}"
             f"{f', site {where}' if where else ''})"
         )
@@ -209,11 +223,9 @@ class ActivationStore:
             UnweaveError: when the batch does not fit the store or holds NaN or infinity (naming item, document and
                 position of the first), or the disk is full. What was finished stays as it is.
         """
-        if not self._writing:
-            self._clean()
-            self._writing = True
+        self._clean()
         n_items = self.n_items + self._pending.n_items
-        check_batch(batch, self.manifest, n_items, self.n_batches + len(self._pending.batches))
+        check_batch(batch, self.manifest, n_items, self.n_batches + self.n_pending_batches)
         self._pending.add(batch)
         if self._pending.n_rows >= self.manifest.shard_rows:
             self.flush()
@@ -226,6 +238,7 @@ class ActivationStore:
         """Close the current shard and mark the store complete. Appending again later makes it grow."""
         self._flush(complete=True)
         if not self.complete:
+            self._clean()
             manifest = self.manifest.replace(complete=True)
             save_manifest(self.folder, manifest)
             self.manifest = manifest
@@ -238,13 +251,16 @@ class ActivationStore:
     def put_shard(self, index: int, shard: ShardBuilder, *, complete: bool) -> None:
         """Write shard ``index``, new or in place of a damaged one: the file first, then the manifest naming it."""
         self._pool.clear()
-        entry = shard.write(self.folder, shard_name(index), self.has_target)
+        entry = shard.write(self.folder, shard_name(index), self.manifest)
         manifest = self.manifest.with_shard(index, entry, complete=complete)
         save_manifest(self.folder, manifest)
         self.manifest = manifest
 
     def _clean(self) -> None:
-        """Delete what a killed writer left: temporary files, and a shard that did not reach the manifest."""
+        """Once, before writing: delete what a killed writer left, temporary files and a shard outside the manifest."""
+        if self._writing:
+            return
+        self._writing = True
         known = {shard.file for shard in self.manifest.shards}
         for pattern in (".shard-*.tmp", ".manifest.json.*.tmp", "shard-[0-9]*.safetensors"):
             for path in self.folder.glob(pattern):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unweave.activations._readahead import ReadAhead, cores
+from unweave.activations._shard import ShardPool
 from unweave.activations.store import ActivationStore
 from unweave.errors import UnweaveError
 
 if TYPE_CHECKING:
     from unweave.sources._base import Source
+
+_GROUP_ROWS, _GROUP_BYTES = 2048, 1 << 22  # what the reading thread hands over at once, and at most twice ahead
 
 
 class Chunk(NamedTuple):
@@ -24,6 +31,13 @@ class Chunk(NamedTuple):
     document: Tensor  # (n,) int64, on the CPU
 
 
+class _Group(NamedTuple):
+    """Pieces (blocks of a store, a batch of a source) one after another in one chunk, and where each of them ends."""
+
+    rows: Chunk
+    ends: list[int]
+
+
 class RowStream:
     """An endless run of rows with an exact, small state.
 
@@ -32,10 +46,14 @@ class RowStream:
     hundred times slower, and a :class:`ShuffleRing` mixes the blocks. Over a source, its batches come in order and
     then again from the start (the source itself shuffles its documents).
 
+    Rows of a store are read a few thousand ahead by one thread, so that the disk (and the arithmetic of int8 rows)
+    costs the caller nothing; what a state counts is what was handed out. A source is run where it is called.
+
     Args:
         data: what to read. seed: of the order of blocks.
         epochs_infinite: when false, the stream ends after one epoch: ``read`` then returns fewer rows, finally none.
         block_rows: rows read from one place.
+        read_ahead: whether a store is read ahead; None: where there is a second core.
 
     Raises:
         UnweaveError: for data without rows.
@@ -48,6 +66,7 @@ class RowStream:
         seed: int = 0,
         epochs_infinite: bool = True,
         block_rows: int = 256,
+        read_ahead: bool | None = None,
     ) -> None:
         if block_rows < 1:
             raise UnweaveError(f"RowStream: expected block_rows of at least 1, found {block_rows}")
@@ -57,16 +76,28 @@ class RowStream:
         if isinstance(data, ActivationStore):
             self.n_rows = data.n_rows
             self._sizes = data.shard_sizes  # a store may grow meanwhile; the stream keeps to the rows it began with
+            self._blocks = _Blocks(data)
             if not self.n_rows:
                 raise UnweaveError(f"{data!r} holds no rows to read: harvest some first")
+        self._read_ahead = cores() > 1 if read_ahead is None else read_ahead
         self._permuted_rate: float | None = None
+        self._ahead: ReadAhead[_Group] | None = None
         self._goto(epoch=0, piece=0, offset=0)
 
     def _goto(self, epoch: int, piece: int, offset: int) -> None:
         """Stand at row ``offset`` of piece (block or batch) number ``piece`` of an epoch."""
+        self.close()
         self._epoch, self._piece, self._offset = epoch, piece, offset
-        self._pieces: Iterator[Chunk] | None = None
-        self._current: Chunk | None = None
+        self._groups: Iterator[_Group] | None = None
+        self._group: _Group | None = None  # what is being handed out
+        self._within = 0  # how many of its pieces have been
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one. Reading again goes on where it was left."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
+            self._groups = self._group = None
 
     @property
     def epoch(self) -> int:
@@ -97,11 +128,19 @@ class RowStream:
 
     def read_parts(self, n: int, *, cross_epochs: bool = True) -> list[Chunk]:
         """The same rows as ``read`` gives, as pieces that were not copied: look at them, or copy them, at once."""
+        place = self._epoch, self._piece, self._offset
+        try:
+            return self._read_parts(n, cross_epochs)
+        except BaseException:  # nothing was handed out; and a broken iterator would pass for the end of an epoch
+            self._goto(*place)
+            raise
+
+    def _read_parts(self, n: int, cross_epochs: bool) -> list[Chunk]:
         parts: list[Chunk] = []
         missing, missing_before_epoch = n, -1
         while missing and not self.ended:
-            piece = self._next_piece()
-            if piece is None:
+            group = self._next_group()
+            if group is None:
                 if not cross_epochs and missing < n:
                     break
                 if missing == missing_before_epoch:
@@ -109,33 +148,38 @@ class RowStream:
                 missing_before_epoch = missing
                 self._goto(self._epoch + 1, 0, 0)
                 continue
-            stop = min(self._offset + missing, len(piece.document))
-            part = Chunk(*(t[self._offset : stop] for t in piece))
-            parts.append(part._replace(target=part.input) if piece.target is piece.input else part)
-            missing -= stop - self._offset
-            self._offset = stop
-            if stop == len(piece.document):
-                self._piece, self._offset, self._current = self._piece + 1, 0, None
+            rows, ends = group
+            start = (ends[self._within - 1] if self._within else 0) + self._offset
+            stop = min(start + missing, ends[-1])
+            part = Chunk(*(t[start:stop] for t in rows))
+            parts.append(part._replace(target=part.input) if rows.target is rows.input else part)
+            missing -= stop - start
+            within = bisect_right(ends, stop)
+            self._piece += within - self._within
+            self._offset = stop - (ends[within - 1] if within else 0)
+            self._within = within
+            if within == len(ends):
+                self._group = None
         return parts
 
-    def _next_piece(self) -> Chunk | None:
-        if self._current is None:
-            if self._pieces is None:
-                self._pieces = self._pieces_from(self._epoch, self._piece)
-            self._current = next(self._pieces, None)
-        return self._current
+    def _next_group(self) -> _Group | None:
+        if self._ahead is not None and self._ahead.lost:
+            self.close()
+        if self._group is None:
+            if self._groups is None:
+                self._groups = self._groups_from(self._epoch, self._piece)
+            self._group, self._within = next(self._groups, None), 0
+        return self._group
 
-    def _pieces_from(self, epoch: int, skip: int) -> Iterator[Chunk]:
-        if isinstance(self.data, ActivationStore):
-            for some in self._block_order(epoch)[skip:].split(4096):
-                for shard, first, stop in some.tolist():
-                    reader, rows = self.data.shard(shard), slice(first, stop)
-                    inputs = reader.input(rows)
-                    target = reader.target(rows) if self.data.has_target else inputs
-                    yield Chunk(inputs, target, reader.document(rows))
-        else:
-            for batch in self.data.batches(skip=skip):
-                yield Chunk(batch.input, batch.target, batch.meta.document.cpu())
+    def _groups_from(self, epoch: int, skip: int) -> Iterator[_Group]:
+        if not isinstance(self.data, ActivationStore):
+            batches = self.data.batches(skip=skip)
+            return map(_alone, (Chunk(b.input, b.target, b.meta.document.cpu()) for b in batches))
+        order = self._block_order(epoch)[skip:]
+        if not self._read_ahead or not len(order):
+            return map(_alone, self._blocks.pieces(order))
+        self._ahead = ReadAhead(self._blocks.groups(order, self.block_rows))
+        return self._ahead
 
     def _block_order(self, epoch: int) -> Tensor:
         """``(n_blocks, 3)`` int64: shard, first row and stop row of each block, in the order of an epoch."""
@@ -185,6 +229,44 @@ class RowStream:
                     "would come in another order: open the same data with the same settings"
                 )
         self._goto(state["epoch"], state["piece"], state["offset"])
+
+
+class _Blocks:
+    """Reads blocks of a store. It has shard readers of its own, since those of the store belong to another thread."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._manifest, self._pool = store.manifest, ShardPool(store.folder)
+
+    def pieces(self, order: Tensor) -> Iterator[Chunk]:
+        """Each ``(shard, first row, stop row)`` of ``order``, as views of the file's pages."""
+        tied = self._manifest.d_out is None
+        for some in order.split(4096):
+            for shard, first, stop in some.tolist():
+                reader, rows = self._pool.get(self._manifest.shards[shard], self._manifest), slice(first, stop)
+                inputs = reader.input(rows)
+                yield Chunk(inputs, inputs if tied else reader.target(rows), reader.document(rows))
+
+    def groups(self, order: Tensor, block_rows: int) -> Iterator[_Group]:
+        """The same blocks copied into memory, some at a time: to hand over each by itself would cost more than it."""
+        manifest = self._manifest
+        row_bytes = (manifest.d_in + (manifest.d_out or 0)) * manifest.read_dtype.itemsize
+        n_blocks = max(1, min(_GROUP_ROWS, _GROUP_BYTES // row_bytes) // block_rows)
+        pieces = self.pieces(order)
+        while some := list(islice(pieces, n_blocks)):
+            inputs = _joined([piece.input for piece in some])
+            tied = some[0].target is some[0].input
+            target = inputs if tied else _joined([piece.target for piece in some])
+            document = _joined([piece.document for piece in some])
+            yield _Group(Chunk(inputs, target, document), list(accumulate(len(piece.document) for piece in some)))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # NumPy copies in the calling thread; torch would call up a second team of threads to compete with the first.
+    return torch.from_numpy(np.concatenate([part.view(torch.uint8).numpy() for part in parts])).view(parts[0].dtype)
+
+
+def _alone(piece: Chunk) -> _Group:
+    return _Group(piece, [len(piece.document)])
 
 
 def join(parts: list[Chunk]) -> Chunk:

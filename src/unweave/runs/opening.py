@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from unweave.runs.recipe import Recipe
-    from unweave.sources import Documents, LanguageModel, TextSource
+    from unweave.sources import Documents, LanguageModel, TextSites, TextSource
 
 
 def open_model(recipe: Recipe) -> LanguageModel:
@@ -33,14 +34,17 @@ def open_source(
 
     source = recipe.source
     return TextSource(
-        model,
-        documents,
-        source.site,
-        target_site=source.target_site,
-        context_size=source.context_size,
-        batch_tokens=source.batch_tokens,
-        bos=source.bos,
-        keep_special=source.keep_special,
-        max_norm_ratio=source.max_norm_ratio,
-        split=split,
+        model, documents, source.site, target_site=source.target_site, split=split, **_source_options(recipe)
     )
+
+
+def open_sites(recipe: Recipe, model: LanguageModel, documents: Documents, sites: Sequence[str]) -> TextSites:
+    """The recipe's source at several sites instead of its own."""
+    from unweave.sources import TextSites
+
+    return TextSites(model, documents, sites, target_site=recipe.source.target_site, **_source_options(recipe))
+
+
+def _source_options(recipe: Recipe) -> dict[str, Any]:
+    names = ("context_size", "batch_tokens", "bos", "keep_special", "max_norm_ratio")
+    return {name: getattr(recipe.source, name) for name in names}

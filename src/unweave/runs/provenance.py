@@ -11,12 +11,14 @@ from typing import Any
 
 from unweave.files import read_json, write_json
 
-_PACKAGES = ("unweave", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+_PACKAGES = ("unweave", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "pyarrow")
 
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, without the name of the machine or of a person."""
     import torch
+
+    from unweave.kernels.calibration import processor
 
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -25,22 +27,13 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     hardware = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
     return {"versions": versions, "hardware": hardware}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def update_provenance(folder: Path, **facts: Any) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from unweave.config import Config, apply_overrides, read_yaml
 from unweave.errors import UnweaveError
@@ -39,6 +39,7 @@ class SourceRecipe(Config):
         target_site: what to reconstruct, when it is not the site itself (a transcoder).
         tokens: activation rows to collect.
         stream: make activations on the fly, without a store on disk.
+        dtype: how the store keeps the rows: as the model computed them (None), or as ``int8``, half of bfloat16.
     """
 
     site: str
@@ -50,14 +51,25 @@ class SourceRecipe(Config):
     keep_special: bool = False
     max_norm_ratio: PositiveFloat | None = 10.0
     stream: bool = False
+    dtype: Literal["int8"] | None = None
+
+    @model_validator(mode="after")
+    def _stored(self) -> Self:
+        if self.stream and self.dtype is not None:
+            raise ValueError("dtype says how rows are stored, and with stream there is no store: leave one of them out")
+        return self
 
 
 class DictionaryRecipe(Config):
-    """Which dictionary; ``options`` are the fields of the architecture's own config (k, target_l0, ...)."""
+    """Which dictionary; ``options`` are the fields of the architecture's own config (k, target_l0, ...).
+
+    ``seed`` is that of its first weights; None takes the training's, which also orders the rows.
+    """
 
     arch: str = "batch_topk"
     expansion: PositiveFloat = 8
     n_features: PositiveInt | None = None
+    seed: NonNegativeInt | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     def width(self, d_in: int) -> int:
@@ -148,6 +160,7 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
     made_with = dict(store.provenance.get("recipe", {}))
     if not made_with:
         raise UnweaveError(f"{folder} was not made by `unweave harvest`: train from it with unweave.fit(store)")
+    made_with["source"] = {**made_with["source"], "dtype": "int8" if store.manifest.dtype == "int8" else None}
     for group, theirs in made_with.items():
         for key, ours in _with_whole_paths(values).get(group, {}).items():
             if key in theirs and key != "device" and ours != theirs[key]:

@@ -1,6 +1,7 @@
 """Where activations come from."""
 
 from unweave.sources._base import Source as Source
+from unweave.sources._base import SourceGroup as SourceGroup
 from unweave.sources._loading import parse_device as parse_device
 from unweave.sources.arrays import ArraySource as ArraySource
 from unweave.sources.assets import demo_documents as demo_documents
@@ -14,3 +15,4 @@ from unweave.sources.sites import Site as Site
 from unweave.sources.sites import find_site as find_site
 from unweave.sources.sites import list_sites as list_sites
 from unweave.sources.text import TextSource as TextSource
+from unweave.sources.text_sites import TextSites as TextSites

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from unweave.batch import ActivationBatch
@@ -38,3 +38,19 @@ class Source(ABC):
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         return self.batches()
+
+
+class SourceGroup(ABC):
+    """Several sources that one pass over the data feeds: batch ``i`` of each comes from the same inputs.
+
+    What the group yields under a name is exactly what ``sources[name]`` yields alone.
+    """
+
+    @property
+    @abstractmethod
+    def sources(self) -> Mapping[str, Source]:
+        """The sources by name (the name of a site)."""
+
+    @abstractmethod
+    def batches(self, skip: int = 0, names: Collection[str] | None = None) -> Iterator[dict[str, ActivationBatch]]:
+        """Batches by name, from number ``skip`` on, of some names (None: all). Only what those need is computed."""

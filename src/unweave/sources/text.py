@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from unweave.sources._base import Source
 from unweave.sources._contexts import Plan, Split, pad, to_items
 from unweave.sources.documents import Documents
 from unweave.sources.language_model import LanguageModel
+from unweave.sources.sites import Site
 
 
 class TextSource(Source):
@@ -144,37 +145,65 @@ class TextSource(Source):
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
-    def reference_norms(self) -> dict[str, float]:
+    def reference_norms(
+        self, first_items: Items | None = None, first_rows: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
         """The median row norm at each site in the first batch; empty when no norm is too high.
 
         Always taken from batch 0, wherever one resumes, and rounded to two digits, so that the last bits of another
-        machine's arithmetic do not change which rows are kept.
+        machine's arithmetic do not change which rows are kept. Who has run the model on batch 0 already may give its
+        items and activations.
         """
         if self.max_norm_ratio is None:
             return {}
         if self._references is None:
-            items = to_items(next(self._planned(0)))
+            items = self.first_items() if first_items is None else first_items
+            rows = run_items(self.model, self.sites, items) if first_rows is None else first_rows
             special = self._special(items.tokens)
             use = ~special if bool((~special).any()) else torch.ones_like(special)
             self._references = {
-                name: float(f"{float(_norms(rows[use]).median()):.2g}") for name, rows in self._run(items).items()
+                site.name: float(f"{float(_norms(rows[site.name][use]).median()):.2g}") for site in self.sites
             }
         return self._references
 
+    @property
+    def needs_references(self) -> bool:
+        """Whether reference norms are wanted and not measured yet."""
+        return self.max_norm_ratio is not None and self._references is None
+
     def batches(self, skip: int = 0) -> Iterator[ActivationBatch]:
-        self.dropped = dropped = {"special": 0, "high_norm": 0}
-        for contexts in self._planned(skip):
-            items = to_items(contexts)
-            rows = self._run(items)
-            special = self._special(items.tokens)
-            high = self._too_high(rows, len(special)) & ~special
-            keep = ~high if self.keep_special else ~(high | special)
-            dropped["high_norm"] += int(high.sum())
-            dropped["special"] += 0 if self.keep_special else int(special.sum())
-            inputs = rows[self.site.name][keep]
-            same = self.target_site.name == self.site.name
-            targets = inputs if same else rows[self.target_site.name][keep]
-            yield ActivationBatch(inputs, targets, items, keep.nonzero().squeeze(1))
+        self.forget_dropped()
+        for items in self.planned(skip):
+            yield self.batch(items, run_items(self.model, self.sites, items))
+
+    def batch(self, items: Items, rows: Mapping[str, Tensor]) -> ActivationBatch:
+        """The batch of some items, from the activations ``(n_tokens, d)`` of all their tokens at :attr:`sites`."""
+        special = self._special(items.tokens)
+        high = self._too_high(rows, len(special)) & ~special
+        keep = ~high if self.keep_special else ~(high | special)
+        self.dropped["high_norm"] += int(high.sum())
+        self.dropped["special"] += 0 if self.keep_special else int(special.sum())
+        inputs = rows[self.site.name][keep]
+        same = self.target_site.name == self.site.name
+        targets = inputs if same else rows[self.target_site.name][keep]
+        return ActivationBatch(inputs, targets, items, keep.nonzero().squeeze(1))
+
+    def forget_dropped(self) -> None:
+        """Begin a pass: count the rows left out from 0."""
+        self.dropped = {"special": 0, "high_norm": 0}
+
+    @property
+    def sites(self) -> list[Site]:
+        """The site, and the target's if that is another."""
+        return [self.site] if self.target_site.name == self.site.name else [self.site, self.target_site]
+
+    def first_items(self) -> Items:
+        """The items of batch 0."""
+        return next(self.planned(0))
+
+    def planned(self, skip: int) -> Iterator[Items]:
+        """The items of each batch from number ``skip`` on, before the model has seen them."""
+        return map(to_items, self._planned(skip))
 
     def _planned(self, skip: int) -> Iterator[list[Any]]:
         batches = self.plan.batches()
@@ -189,22 +218,22 @@ class TextSource(Source):
             yield first
         yield from islice(batches, max(0, skip - 1), None)
 
-    def _run(self, items: Items) -> dict[str, Tensor]:
-        """``(n_tokens, d)`` activations of every token of the items, by site, on the CPU."""
-        tokens, mask = pad(items)
-        sites = [self.site] if self.target_site.name == self.site.name else [self.site, self.target_site]
-        found = self.model.run_to(sites, tokens, None if bool(mask.all()) else mask.long())
-        return {name: rows[mask.to(rows.device)].cpu() for name, rows in found.items()}
-
     def _special(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, torch.tensor(sorted(self.model.special_ids), dtype=tokens.dtype))
 
-    def _too_high(self, rows: dict[str, Tensor], n: int) -> Tensor:
+    def _too_high(self, rows: Mapping[str, Tensor], n: int) -> Tensor:
         high = torch.zeros(n, dtype=torch.bool)
         for name, median in self.reference_norms().items():
             assert self.max_norm_ratio is not None
             high |= _norms(rows[name]) > self.max_norm_ratio * median  # NaN rows stay: harvest names them
         return high
+
+
+def run_items(model: LanguageModel, sites: Sequence[Site], items: Items) -> dict[str, Tensor]:
+    """``(n_tokens, d)`` activations of every token of the items, by site, on the CPU."""
+    tokens, mask = pad(items)
+    found = model.run_to(sites, tokens, None if bool(mask.all()) else mask.long())
+    return {name: rows[mask.to(rows.device)].cpu() for name, rows in found.items()}
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""Activations of a language model at several sites, from one forward pass over each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from unweave.batch import ActivationBatch
+from unweave.errors import UnweaveError
+from unweave.sources._base import SourceGroup
+from unweave.sources.documents import Documents
+from unweave.sources.language_model import LanguageModel
+from unweave.sources.text import TextSource, run_items
+
+
+class TextSites(SourceGroup):
+    """A :class:`TextSource` for each of several sites, fed by one forward pass that ends at the deepest of them.
+
+    Each site keeps its own rows: where one site's norm is abnormally high, only that site leaves the row out (with
+    ``max_norm_ratio=None`` all sites have the same rows). So what comes out for a site is what its TextSource alone
+    would give, and a store harvested from it can be continued either way.
+
+    Args:
+        model: the language model. documents: what it reads. sites: names of sites, all different.
+        options: as for :class:`TextSource`, but no ``target_site``.
+
+    Raises:
+        UnweaveError: as :class:`TextSource`; for no sites, or one named twice.
+    """
+
+    def __init__(
+        self, model: LanguageModel, documents: Documents | Sequence[str], sites: Sequence[str], **options: Any
+    ) -> None:
+        if not sites or len(set(sites)) < len(sites):
+            raise UnweaveError(f"expected one site or more, all different, found {', '.join(sites) or 'none'}")
+        if options.get("target_site") is not None:
+            raise UnweaveError("several sites from one pass have no target_site: use a TextSource for a transcoder")
+        if not isinstance(documents, Documents):
+            documents = Documents.from_texts(documents)  # once, so that all read the same
+        self.model = model
+        self._sources = {site: TextSource(model, documents, site, **options) for site in sites}
+
+    @property
+    def sources(self) -> Mapping[str, TextSource]:
+        """The sources by site. Runs the model on the first batch once, for the reference norms of all."""
+        sources = list(self._sources.values())
+        missing = [source for source in sources if source.needs_references]
+        if missing:
+            items = sources[0].first_items()
+            rows = run_items(self.model, [source.site for source in missing], items)
+            for source in missing:
+                source.reference_norms(items, rows)
+        return self._sources
+
+    def __repr__(self) -> str:
+        first = next(iter(self._sources.values()))
+        return f"TextSites({self.model.name} at {', '.join(self._sources)}, {first.documents.describe()})"
+
+    def batches(self, skip: int = 0, names: Collection[str] | None = None) -> Iterator[dict[str, ActivationBatch]]:
+        """Batches by site from number ``skip`` on; the model runs to the deepest of ``names``, no further."""
+        wanted = {name: source for name, source in self.sources.items() if names is None or name in names}
+        for source in wanted.values():
+            source.forget_dropped()
+        sites = [source.site for source in wanted.values()]
+        for items in next(iter(wanted.values())).planned(skip) if wanted else ():
+            rows = run_items(self.model, sites, items)
+            yield {name: source.batch(items, rows) for name, source in wanted.items()}
