@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from unweave.training import TrainingConfig as TrainingConfig
     from unweave.training import fit as fit
     from unweave.training import train as train
+    from unweave.training import train_many as train_many
 
 _HOME = {
     "ActivationStore": "activations",
@@ -60,6 +61,7 @@ _HOME = {
     "register": "dictionaries",
     "splice": "interventions",
     "train": "training",
+    "train_many": "training",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -211,8 +211,12 @@ class ReconstructionSums(GroupedSums):
             torch.where(xx > 0, (yy / xx).sqrt(), 0.0),
             (xx > 0).double(),
         ]
-        self._table.index_add_(0, group, torch.stack(rows, 1))
-        self._vector.index_add_(0, group, centred)
+        if self.groups.max_groups == 1:
+            self._table += torch.stack([row.sum() for row in rows])
+            self._vector += centred.sum(0)
+        else:
+            self._table.index_add_(0, group, torch.stack(rows, 1))
+            self._vector.index_add_(0, group, centred)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far (of an accumulator without groups), for a checkpoint; empty before the first rows."""

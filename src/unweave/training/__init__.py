@@ -9,6 +9,7 @@ from unweave.training.fit import fit as fit
 from unweave.training.health import health as health
 from unweave.training.loop import Trained as Trained
 from unweave.training.loop import train as train
+from unweave.training.many import train_many as train_many
 from unweave.training.metrics_log import read_metrics as read_metrics
 from unweave.training.trackers import Tracker as Tracker
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from unweave.activations.ring import ShuffleRing
 from unweave.dictionaries import Dictionary, Loss, TrainingBatch
 from unweave.errors import UnweaveError
+from unweave.kernels.calibration import pin, plan_for
+from unweave.kernels.workspace import Plan
+from unweave.training._steps import Diverged, make_step
 from unweave.training._window import Window
 from unweave.training.config import TrainingConfig
 
@@ -41,8 +45,20 @@ class Trainer:
             betas=dictionary.betas,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self.stepper = make_step(dictionary, self.optimizer, config.grad_clip, self._plan_for())
         self.silent = torch.zeros(dictionary.n_features, dtype=torch.long, device=self.device)
-        self.window = Window(dictionary.d_out, config.log_steps, config.n_steps)
+        self.window = Window(dictionary.d_out, config.log_steps, config.n_steps, config.batch_size)
+
+    def _plan_for(self) -> Callable[[], Plan] | None:
+        engine = self.config.engine
+        if engine == "autograd":
+            return None
+        if engine != "auto":
+            return lambda: pin(engine, self._encoder())
+        return lambda: plan_for(self._encoder(), self.config.batch_size, "train")
+
+    def _encoder(self) -> Tensor:
+        return self.parameters["W_enc"].detach()
 
     # ---- the start --------------------------------------------------------------------------------------------
 
@@ -86,25 +102,14 @@ class Trainer:
         Raises:
             UnweaveError: when the loss or a gradient is not finite; the weights are then those before the step.
         """
-        dictionary, config = self.dictionary, self.config
         x, target = self._rows()
-        lr = self.lr * config.lr_factor(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = dictionary.loss(TrainingBatch(x, target, self.silent > config.dead_rows, self.progress))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        dictionary.before_step()
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        counts, values = self._measure(loss, norm)
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise self._diverged(values, lr)
-        if config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), config.grad_clip, norm)
-        self.optimizer.step()
-        with torch.no_grad():
-            dictionary.after_step(loss, self.progress)
+        lr = self.lr * self.config.lr_factor(self.step)
+        batch = TrainingBatch(x, target, self.silent > self.config.dead_rows, self.progress)
+        try:
+            loss, values = self.stepper.run(batch, lr, self.progress)
+        except Diverged as error:
+            raise self._diverged(error.values, lr) from None
+        counts = self._count(loss, values)
         self.silent += len(x)
         self.silent.masked_fill_(counts > 0, 0)
         self.window.add(values)
@@ -113,25 +118,27 @@ class Trainer:
         self.step += 1
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        rows, target_rows = self.ring.next()
+        return self._prepared(*self.ring.next())
+
+    def _prepared(self, rows: Tensor, target_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows as the dictionary is trained on them: float32, on its device, scaled."""
         x = rows.to(self.device, torch.float32, non_blocking=True) * self.scale
         if target_rows is rows:
             return x, x
         return x, target_rows.to(self.device, torch.float32, non_blocking=True) * (self.target_scale or 1.0)
 
-    def _measure(self, loss: Loss, norm: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Firing counts, and every number of the step in one transfer from the device."""
+    def _count(self, loss: Loss, values: dict[str, float]) -> Tensor:
+        """In how many rows each feature fired; their mean per row joins the values."""
         code = loss.code
         if code is None:
             raise UnweaveError(f"{self.dictionary.name}: its Loss has no code, and the trainer counts firings by it")
         counts = code.firing_counts()
-        numbers = {"loss": loss.total, "grad_norm": norm, "l0": counts.sum() / max(1, len(code)), **loss.terms}
-        stacked = torch.stack([torch.as_tensor(v, device=self.device).detach().double() for v in numbers.values()])
-        return counts, dict(zip(numbers, stacked.tolist()))
+        values["l0"] = float(counts.sum()) / max(1, len(code))
+        return counts
 
     def _reconstruction(self, loss: Loss, x: Tensor) -> Tensor:
         if loss.reconstruction is not None:
-            return loss.reconstruction
+            return loss.reconstruction() if callable(loss.reconstruction) else loss.reconstruction
         with torch.no_grad():
             assert loss.code is not None
             return self.dictionary.decode(loss.code)
@@ -180,6 +187,7 @@ class Trainer:
             "input_norms": self.input_norms,
             "weights": dict(self.dictionary.state_dict()),
             "adam": adam,
+            "engine": self.stepper.state_dict(),
             "silent": self.silent,
             "window": self.window.state_dict(),
             "ring": self.ring.state_dict(),
@@ -194,6 +202,7 @@ class Trainer:
         for name, values in state["adam"].items():
             # Adam keeps its step count on the parameter's device only when fused; either way it moves it itself.
             self.optimizer.state[self.parameters[name]] = {key: v.to(self.device) for key, v in values.items()}
+        self.stepper.load_state_dict(state["engine"])
         self.silent.copy_(state["silent"])
         self.window.load_state_dict(state["window"], self.device)
         self.ring.load_state_dict(state["ring"])

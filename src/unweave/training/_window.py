@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from unweave.metrics import ReconstructionSums
 
-# Measuring FVU in float64 costs about a quarter of a step, and 8 batches (16,000 rows) pin it down to a percent.
-_FVU_BATCHES = 8
+# Measuring FVU in float64 costs up to half a step; 16,000 rows pin it down to a percent. Where a window is short, an
+# eighth of it has to do, or 2,000 rows if that is more.
+_FVU_ROWS, _FEWEST_FVU_ROWS, _FVU_SHARE = 2**14, 2**11, 1 / 8
 
 
 class Window:
@@ -19,8 +21,10 @@ class Window:
     The whole state can be saved, so a run resumed in the middle of a window logs the line it would have logged.
     """
 
-    def __init__(self, d_out: int, log_steps: int, n_steps: int) -> None:
+    def __init__(self, d_out: int, log_steps: int, n_steps: int, batch_size: int) -> None:
         self._d_out, self._log_steps, self._n_steps = d_out, log_steps, n_steps
+        rows = min(_FVU_ROWS, max(_FEWEST_FVU_ROWS, round(_FVU_SHARE * log_steps * batch_size)))
+        self._fvu_batches = math.ceil(rows / batch_size)
         self.reset()
 
     def reset(self) -> None:
@@ -40,7 +44,7 @@ class Window:
     def wants_rows(self, step: int) -> bool:
         """Whether the rows of ``step`` count for the FVU."""
         end = min(self._n_steps, (step // self._log_steps + 1) * self._log_steps)
-        return end - step <= _FVU_BATCHES
+        return end - step <= self._fvu_batches
 
     def add_rows(self, target: Tensor, reconstruction: Tensor) -> None:
         self._fit.add(target, reconstruction)

@@ -30,6 +30,10 @@ class TrainingConfig(Config):
         log_every: steps between lines of ``metrics.jsonl``; None: 50 lines, at most 100 steps apart.
         checkpoint_every: steps between checkpoints; 0 for none; None: about once a minute of work.
         keep_checkpoint: keep the last checkpoint (optimiser and all) after training ends.
+        engine: how a step is computed. "auto": in closed form where the architecture has one, with the kernels that
+            were fastest on this machine (see ``unweave doctor``); "cpu", "cpu+screen", "gpu", "gpu+screen" or
+            "reference" pins them; "autograd" does without. Results agree to float32's last digits, but what AuxK adds
+            only to bfloat16's where the plan screens.
         precision: of matrix products on NVIDIA cards. "tf32" keeps 10 bits of mantissa, more than the bfloat16 the
             activations were stored in; processors always work in float32.
     """
@@ -50,6 +54,7 @@ class TrainingConfig(Config):
     log_every: PositiveInt | None = None
     checkpoint_every: NonNegativeInt | None = None
     keep_checkpoint: bool = False
+    engine: Literal["auto", "autograd", "reference", "cpu", "cpu+screen", "gpu", "gpu+screen"] = "auto"
     precision: Literal["float32", "tf32"] = "tf32"
 
     @property

@@ -27,8 +27,8 @@ from unweave.training.metrics_log import MetricsLog, read_metrics
 from unweave.training.trackers import Tracker, make_trackers, running
 
 _FORMAT = "unweave.training/1"
-_CHECKPOINT_SECONDS = 60.0
-_CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,17 @@ def train(
             loss is no longer finite, or the disk is full. The last checkpoint is kept in every case.
     """
     folder = None if folder is None else Path(folder)
-    identity = {
-        "config": config.to_dict(),
-        "dictionary": {"arch": dictionary.name, **dictionary.config.to_dict()},
-        "data": json.loads(json.dumps(stream.data.provenance)),  # as it will be read back
-    }
+    identity = identity_of(dictionary, config, stream)
     trackers = make_trackers(trackers)
     with contextlib.ExitStack() as held:
         if folder is not None:
             held.enter_context(only_writer(folder))
             if (folder / "training.json").is_file():
-                return _finished(folder, dictionary, config, identity)
-        held.enter_context(_private_rng(dictionary.device, config.seed))
-        held.enter_context(_precision(config.precision))
-        trainer = Trainer(dictionary, _ring(stream, config, dictionary.device), config)
-        run = _Run(trainer, folder, identity)
+                return finished(folder, dictionary, config, identity)
+        held.enter_context(private_rng(dictionary.device, config.seed))
+        held.enter_context(precision_of(config.precision))
+        trainer = Trainer(dictionary, make_ring(stream, config, dictionary.device), config)
+        run = Run(trainer, folder, identity)
         try:
             with running(trackers, run.id, {**config.to_dict(), **identity["dictionary"]}, folder):
                 run.loop(trackers)
@@ -108,54 +104,80 @@ def train(
         return run.finish()
 
 
-def _ring(stream: RowStream, config: TrainingConfig, device: torch.device) -> ShuffleRing:
+def identity_of(dictionary: Dictionary, config: TrainingConfig, stream: RowStream) -> dict[str, Any]:
+    """What makes two trainings the same one."""
+    return {
+        "config": config.to_dict(),
+        "dictionary": {"arch": dictionary.name, **dictionary.config.to_dict()},
+        "data": json.loads(json.dumps(stream.data.provenance)),  # as it will be read back
+    }
+
+
+def make_ring(stream: RowStream, config: TrainingConfig, device: torch.device) -> ShuffleRing:
     capacity = max(config.ring_rows, config.batch_size)
     return ShuffleRing(stream, config.batch_size, capacity, config.seed, device=device)
 
 
-class _Run:
-    """A trainer with its files: log, checkpoint, the finished dictionary."""
+class Run:
+    """A trainer with its files: log, checkpoint, the finished dictionary.
 
-    def __init__(self, trainer: Trainer, folder: Path | None, identity: dict[str, Any]) -> None:
+    ``saved``: the state to go on from; None looks for a checkpoint in the folder, and an empty one starts anew.
+    """
+
+    def __init__(
+        self, trainer: Trainer, folder: Path | None, identity: dict[str, Any], saved: dict[str, Any] | None = None
+    ) -> None:
         self.trainer, self.folder, self.identity = trainer, folder, identity
         self.config = trainer.config
         self.checkpoint = None if folder is None else folder / "checkpoints" / "latest.safetensors"
         log_file = None if folder is None else folder / "metrics.jsonl"
-        self._wait, self._written = _CHECKPOINT_SECONDS, time.monotonic()
-        if self.checkpoint is not None and self.checkpoint.is_file():
-            state = read_checkpoint(self.checkpoint)
-            _refuse_other(self.identity, state["identity"], self.checkpoint, f"step {state['trainer']['step']:,}")
-            trainer.load_state_dict(state["trainer"])
-            self.id: str = state["run_id"]
-            self.log = MetricsLog(log_file, state["log_cursor"])
+        self._wait, self._written = CHECKPOINT_SECONDS, time.monotonic()
+        if saved is None and self.checkpoint is not None and self.checkpoint.is_file():
+            saved = read_checkpoint(self.checkpoint)
+            if "identity" not in saved:
+                raise UnweaveError(
+                    f"{self.checkpoint} belongs to a grid of dictionaries (a sweep): go on with that, choose another "
+                    "folder, or delete it to start anew"
+                )
+        if saved:
+            _refuse_other(self.identity, saved["identity"], folder, f"step {saved['trainer']['step']:,}")
+            trainer.load_state_dict(saved["trainer"])
+            self.id: str = saved["run_id"]
+            self.log = MetricsLog(log_file, saved["log_cursor"])
         else:
             trainer.start()
             self.id = uuid.uuid4().hex[:12]
             self.log = MetricsLog(log_file)
+        self._clock, self._counted = time.monotonic(), trainer.step
 
     def loop(self, trackers: list[Tracker]) -> None:
         trainer, config = self.trainer, self.config
         verb = f"train (from step {trainer.step:,})" if trainer.step else "train"
-        clock, counted = time.monotonic(), trainer.step
         with track((config.n_steps - trainer.step) * config.batch_size, verb) as progress:
             while trainer.step < config.n_steps:
-                ends = trainer.window.ends_after(trainer.step)
-                trainer.advance()
+                line = self.advance()
                 progress.advance(config.batch_size)
-                if ends:
-                    line = trainer.line()
-                    now = time.monotonic()
-                    rows_per_s = (trainer.step - counted) * config.batch_size / max(now - clock, 1e-9)
-                    clock, counted = now, trainer.step
-                    line |= {"rows_per_s": round(rows_per_s, 1), **trainer.ring.stats()}
-                    self.log.append(line)
+                if line is not None:
                     for tracker in trackers:
-                        tracker.log(self.log.lines[-1], trainer.step)
+                        tracker.log(line, trainer.step)
                     progress.note(_note(line))
                 if self._due():
                     self.save_checkpoint()
         if config.keep_checkpoint and self.checkpoint is not None:
             self.save_checkpoint()
+
+    def advance(self) -> dict[str, Any] | None:
+        """One step; the line of the log that it completes, if it does."""
+        trainer = self.trainer
+        ends = trainer.window.ends_after(trainer.step)
+        trainer.advance()
+        if not ends:
+            return None
+        line, now = trainer.line(), time.monotonic()
+        rows_per_s = (trainer.step - self._counted) * self.config.batch_size / max(now - self._clock, 1e-9)
+        self._clock, self._counted = now, trainer.step
+        self.log.append(line | {"rows_per_s": round(rows_per_s, 1), **trainer.ring.stats()})
+        return self.log.lines[-1]
 
     def _due(self) -> bool:
         every = self.config.checkpoint_every
@@ -168,15 +190,18 @@ class _Run:
     def save_checkpoint(self) -> None:
         assert self.checkpoint is not None
         started = time.monotonic()
-        state = {
+        write_checkpoint(self.checkpoint, self.state())
+        self._written = time.monotonic()
+        self._wait = max(CHECKPOINT_SECONDS, (self._written - started) / CHECKPOINT_SHARE)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
             "identity": self.identity,
             "run_id": self.id,
             "log_cursor": self.log.cursor(),
             "trainer": self.trainer.state_dict(),
         }
-        write_checkpoint(self.checkpoint, state)
-        self._written = time.monotonic()
-        self._wait = max(_CHECKPOINT_SECONDS, (self._written - started) / _CHECKPOINT_SHARE)
 
     def finish(self) -> Trained:
         """Fold, save the dictionary, then say so in ``training.json``: until that is there, training is not done."""
@@ -200,11 +225,11 @@ class _Run:
             }
             write_json(self.folder / "training.json", summary)
             if not config.keep_checkpoint:
-                _remove(self.checkpoint)
+                remove_checkpoint(self.checkpoint)
         return result
 
 
-def _finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, identity: dict[str, Any]) -> Trained:
+def finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, identity: dict[str, Any]) -> Trained:
     """The result of a training that ended before, with its weights put into ``dictionary``."""
     summary = read_json(folder / "training.json")
     if not isinstance(summary, dict) or summary.get("format") != _FORMAT:
@@ -213,7 +238,7 @@ def _finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, iden
     saved = Dictionary.load(folder / "dictionary")
     dictionary.load_state_dict(saved.state_dict())
     if not config.keep_checkpoint:
-        _remove(folder / "checkpoints" / "latest.safetensors")
+        remove_checkpoint(folder / "checkpoints" / "latest.safetensors")
     return Trained(
         dictionary.eval(),
         read_metrics(folder / "metrics.jsonl"),
@@ -225,7 +250,7 @@ def _finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, iden
     )
 
 
-def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any], where: Path, state: str) -> None:
+def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any], where: Path | None, state: str) -> None:
     """Raise unless both describe the same training; a field a config no longer has counts as different."""
     harmless = TrainingConfig.HARMLESS
     found = []
@@ -243,18 +268,19 @@ def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any], where: Path, sta
         )
 
 
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     checkpoint.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's file is in there: leave the folder
         checkpoint.parent.rmdir()
 
 
 def _note(line: dict[str, Any]) -> str:
-    return f"loss {line['loss']:.4g}  fvu {line['fvu']:.3f}  l0 {line['l0']:.1f}  dead {line['dead_share']:.1%}"
+    fvu = "-" if line["fvu"] is None else f"{line['fvu']:.3f}"  # one row has no variance
+    return f"loss {line['loss']:.4g}  fvu {fvu}  l0 {line['l0']:.1f}  dead {line['dead_share']:.1%}"
 
 
 @contextlib.contextmanager
-def _private_rng(device: torch.device, seed: int) -> Iterator[None]:
+def private_rng(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch for the training alone; the caller's random state is as before afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -263,7 +289,7 @@ def _private_rng(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _precision(precision: str) -> Iterator[None]:
+def precision_of(precision: str) -> Iterator[None]:
     """Allow TF32 matrix products on NVIDIA cards for the training alone."""
     matmul: Any = torch.backends.cuda.matmul
     name, wanted = ("fp32_precision", {"tf32": "tf32", "float32": "ieee"}[precision])
