@@ -99,6 +99,24 @@ def test_a_store_trains_several_dictionaries_without_naming_its_model_again(tiny
     assert "layers.2.mlp" in done.stdout
 
 
+def test_several_sites_give_several_stores_and_int8_halves_them(tiny_model, corpus, tmp_path):
+    stores = tmp_path / "stores"
+    done = unweave(
+        *("harvest", "--model", tiny_model, "--site", "layers.0", "--site", "layers.2:input", "--data", corpus),
+        *("--tokens", "2k", "--dtype", "int8", "--out", stores, "source.context_size=32", "source.batch_tokens=256"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in stores.iterdir()) == ["layers.0", "layers.2-input"]
+    for line in (f"unweave train --store {stores / 'layers.0'}", f"--store {stores / 'layers.2-input'}"):
+        assert line in done.stderr
+    shown = unweave("inspect", stores / "layers.2-input", "--verify").stdout
+    assert "int8 read as" in shown
+    assert "layers.2:input" in shown
+    done = unweave("harvest", "--model", tiny_model, "--site", "layers.0", "--data", corpus, "--dtype", "int4")
+    assert done.returncode != 0
+    assert "dtype: Input should be 'int8', found 'int4'" in done.stderr
+
+
 def test_streaming_needs_no_store(tiny_model, corpus, tmp_path):
     done = unweave(
         *("train", "--model", tiny_model, "--site", "layers.1", "--data", corpus, "--stream", "--no-eval"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from unweave.cli import archs, demo, evaluate, export, harvest, index, inspect, open, train
+from unweave.cli import archs, demo, doctor, evaluate, export, harvest, index, inspect, open, sweep, train
 
 app = typer.Typer(
     name="unweave",
@@ -20,12 +20,14 @@ for name, verb in {
     "demo": demo.demo,
     "harvest": harvest.harvest,
     "train": train.train,
+    "sweep": sweep.sweep,
     "eval": evaluate.evaluate,
     "index": index.index,
     "open": open.open_run,
     "export": export.export,
     "inspect": inspect.inspect,
     "archs": archs.archs,
+    "doctor": doctor.doctor,
 }.items():
     app.command(name)(verb)
 

@@ -3,3 +3,4 @@
 from unweave.workflows.pipeline import Pipeline as Pipeline
 from unweave.workflows.pipeline import first_rows as first_rows
 from unweave.workflows.pipeline import harvest_only as harvest_only
+from unweave.workflows.pipeline import harvest_sites as harvest_sites

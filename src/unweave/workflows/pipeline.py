@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unweave.batch import ActivationBatch
 from unweave.errors import NoText, UnweaveError
 from unweave.files import read_json
-from unweave.runs.opening import open_documents, open_model, open_source
+from unweave.runs.opening import open_documents, open_model, open_sites, open_source
 from unweave.runs.provenance import environment, now, update_provenance
 from unweave.runs.recipe import EvaluationRecipe, IndexRecipe, Recipe
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from unweave.evaluation import Evaluation
     from unweave.features import FeatureStore
     from unweave.sources import Documents, LanguageModel, TextSource
+    from unweave.training import TrainingConfig
 
 Say = Callable[[str], None]
 
@@ -117,7 +118,7 @@ class Pipeline:
         from unweave.training.trackers import make_trackers
 
         started = time.monotonic()
-        self._dictionary_config(self.source)  # mistakes should show before the work, not after
+        dictionary_config(self.recipe, self.source)  # mistakes should show before the work, not after
         make_trackers(self.recipe.trackers)
         self._begin()
         store = _fill_store(self.recipe, self.source, folder, self.say)
@@ -128,44 +129,60 @@ class Pipeline:
         return store
 
     def train(self) -> Dictionary:
-        import torch
-
         from unweave.activations import RowStream
-        from unweave.dictionaries import get
-        from unweave.sources import parse_device
         from unweave.training import train
 
         if (self.folder / "training.json").is_file():
             return self.dictionary
-        recipe, store = self.recipe, self.store
-        origin = self.source if store is None else store
-        n_available = min(store.n_rows, recipe.source.tokens) if store is not None else recipe.source.tokens
-        config = recipe.training.resolve(n_available)
-        torch.manual_seed(config.seed)
-        dictionary = get(recipe.dictionary.arch)(self._dictionary_config(origin)).to(parse_device(recipe.model.device))
-        self._begin()
-        update_provenance(self.folder, source=origin.provenance, seed=config.seed)
-        self.say(
-            f"training {dictionary.name}: {dictionary.d_in} -> {dictionary.n_features:,} features on "
-            f"{config.n_rows:,} rows ({config.n_rows / n_available:.1f} passes over {n_available:,})"
-        )
+        dictionary, config = self.prepare()
         started = time.monotonic()
-        stream = RowStream(origin, seed=config.seed)
-        trained = train(dictionary, stream, config, self.folder, trackers=recipe.trackers)
+        stream = RowStream(self.origin, seed=config.seed)
+        trained = train(dictionary, stream, config, self.folder, trackers=self.recipe.trackers)
         self._timed("train", started, rows=config.n_rows)
         for line in trained.health:
             self.say(f"note: {line}")
         return self.dictionary
 
-    def _dictionary_config(self, origin: ActivationStore | TextSource) -> DictionaryConfig:
-        from unweave.dictionaries import get
+    @property
+    def origin(self) -> ActivationStore | TextSource:
+        """Where the rows come from."""
+        return self.source if self.store is None else self.store
 
-        wanted = self.recipe.dictionary
-        options = dict(wanted.options)
-        if self.recipe.source.target_site:
-            options.setdefault("subtract_bias", False)
-        widths = {"d_in": origin.d_in, "d_out": origin.d_out, "n_features": wanted.width(origin.d_in)}
-        return get(wanted.arch).Config(**widths, **options)
+    def share(self, other: Pipeline) -> None:
+        """Use another run's model, text and activations, which must be the same as this one's."""
+        for name in ("model", "documents", "source", "store"):
+            if name in vars(other):
+                setattr(self, name, vars(other)[name])
+
+    def prepare(self) -> tuple[Dictionary, TrainingConfig]:
+        """The dictionary as training will find it, and how it will be trained; the recipe is written down."""
+        dictionary, config = self.build()
+        self._begin()
+        update_provenance(self.folder, source=self.origin.provenance, seed=config.seed)
+        n_available = self._n_available
+        self.say(
+            f"training {dictionary.name}: {dictionary.d_in} -> {dictionary.n_features:,} features on "
+            f"{config.n_rows:,} rows ({config.n_rows / n_available:.1f} passes over {n_available:,})"
+        )
+        return dictionary, config
+
+    def build(self) -> tuple[Dictionary, TrainingConfig]:
+        """The dictionary with its first weights, and how it will be trained."""
+        import torch
+
+        from unweave.dictionaries import get
+        from unweave.sources import parse_device
+
+        recipe = self.recipe
+        config = recipe.training.resolve(self._n_available)
+        torch.manual_seed(config.seed if recipe.dictionary.seed is None else recipe.dictionary.seed)
+        made = get(recipe.dictionary.arch)(dictionary_config(recipe, self.origin))
+        return made.to(parse_device(recipe.model.device)), config
+
+    @property
+    def _n_available(self) -> int:
+        wanted = self.recipe.source.tokens
+        return wanted if self.store is None else min(self.store.n_rows, wanted)
 
     @cached_property
     def dictionary(self) -> Dictionary:
@@ -245,21 +262,76 @@ def harvest_only(recipe: Recipe, folder: str | Path, say: Say = print) -> Activa
     return _fill_store(recipe, open_source(recipe, model, documents), Path(folder), say)
 
 
+def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> DictionaryConfig:
+    """The config of a recipe's dictionary, for rows of that width.
+
+    Raises:
+        UnweaveError: for an unknown architecture, or options that make no sense.
+    """
+    from unweave.dictionaries import get
+
+    wanted = recipe.dictionary
+    options = dict(wanted.options)
+    if recipe.source.target_site:
+        options.setdefault("subtract_bias", False)
+    widths = {"d_in": origin.d_in, "d_out": origin.d_out, "n_features": wanted.width(origin.d_in)}
+    return get(wanted.arch).Config(**widths, **options)
+
+
+def harvest_sites(
+    recipe: Recipe, sites: Sequence[str], folder: str | Path, say: Say = print
+) -> dict[str, ActivationStore]:
+    """Write a store for each of several sites from one pass of the model, in ``folder/SITE`` (a colon becomes ``-``).
+
+    Each is the store that harvesting its site alone would make: train from any of them, continue it on its own, or
+    name more sites later and run only those.
+    """
+    from unweave.activations import harvest
+
+    folder = Path(folder)
+    if (folder / "manifest.json").exists():
+        raise UnweaveError(f"{folder} is a store itself: choose another folder for the stores of several sites")
+    model = open_model(recipe)
+    documents = open_documents(recipe)
+    say(f"text: {documents.describe()}")
+    group = open_sites(recipe, model, documents, sites)
+    recipes = {site: recipe.replace(source=recipe.source.replace(site=site)) for site in sites}
+    needed = 0
+    for source in group.sources.values():
+        say(f"site: {source.site.describe()}")
+        needed += recipe.source.tokens * _row_bytes(recipe, source)
+    _check_space(folder, needed)
+    return harvest(
+        group,
+        {site: folder / site.replace(":", "-") for site in sites},
+        n_rows=recipe.source.tokens,
+        dtype=recipe.source.dtype,
+        provenance_extra={site: {"recipe": _source_of(made)} for site, made in recipes.items()},
+    )
+
+
 def _fill_store(recipe: Recipe, source: TextSource, folder: Path, say: Say) -> ActivationStore:
     """Harvest what a recipe asks for; the store remembers how its source is made."""
     from unweave.activations import harvest
 
     tokens = recipe.source.tokens
-    _check_space(folder, tokens * (source.d_in + 4) * 2)
+    _check_space(folder, tokens * _row_bytes(recipe, source))
     say(f"site: {source.site.describe()}")
-    return harvest(source, folder, n_rows=tokens, provenance_extra={"recipe": _source_of(recipe)})
+    extra = {"recipe": _source_of(recipe)}
+    return harvest(source, folder, n_rows=tokens, dtype=recipe.source.dtype, provenance_extra=extra)
+
+
+def _row_bytes(recipe: Recipe, source: TextSource) -> int:
+    """About what a row takes on disk, with its place, its token and (int8) its scale."""
+    width = source.d_in + (source.d_out if recipe.source.target_site else 0)
+    return width * (1 if recipe.source.dtype == "int8" else 4 if recipe.model.dtype == "float32" else 2) + 16
 
 
 def _source_of(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that decides the activations: how to make the same source again."""
     values = recipe.to_dict()
-    values["source"].pop("tokens")
-    values["source"].pop("stream")
+    for name in ("tokens", "stream", "dtype"):  # how many rows, and how they are kept: the store itself says it
+        values["source"].pop(name)
     return {key: values[key] for key in ("model", "data", "source")}
 
 
@@ -277,7 +349,7 @@ def _check_space(folder: Path, n_bytes: int) -> None:
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    already = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.exists() else 0
+    already = sum(f.stat().st_size for f in folder.rglob("shard-*.safetensors")) if folder.exists() else 0
     if n_bytes - already > free:
         raise UnweaveError(
             f"the activations would take {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free. "
