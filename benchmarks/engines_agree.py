@@ -1,0 +1,82 @@
+"""Does it matter for quality which engine trains? Held-out FVU and dead features of each, at equal rows.
+
+    python benchmarks/engines_agree.py activations                  # a store that unweave harvest or the demo wrote
+    python benchmarks/engines_agree.py activations --archs topk,relu --steps 1000 --seeds 0,1,2
+
+Every engine gets the same start, rows, order and schedule. The last rows of the store are held out. "difference" is
+that of the FVU, as a share of autograd's. Training amplifies roundings, so the noise stands beside it: autograd again,
+twice, from encoder weights moved by a millionth of themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.activations import ActivationStore, RowStream
+from unweave.dictionaries import build
+from unweave.metrics import fvu
+from unweave.sources import ArraySource
+from unweave.training import TrainingConfig, train
+
+ENGINES = ("autograd", "reference", "cpu", "cpu+screen", "autograd, moved 1", "autograd, moved 2")
+OPTIONS: dict[str, dict[str, Any]] = {"jumprelu": {"target_l0": 32.0}, "relu": {}}
+
+
+@torch.no_grad()
+def measured(dictionary: Any, rows: Tensor) -> dict[str, float]:
+    made = [dictionary.encode(part) for part in rows.split(4096)]
+    recon = torch.cat([dictionary.decode(code) for code in made])
+    counts = sum(code.firing_counts() for code in made)
+    return {
+        "fvu": float(fvu(rows, recon)),
+        "dead_share": float((counts == 0).double().mean()),
+        "l0": sum(code.nnz for code in made) / len(rows),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store")
+    parser.add_argument("--archs", default="topk,batch_topk,jumprelu")
+    parser.add_argument("--n-features", type=int, default=4608)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", type=int, default=220_000, help="rows of the store to use")
+    parser.add_argument("--json", help="write the numbers here too")
+    arguments = parser.parse_args()
+    store = ActivationStore.open(arguments.store)
+    rows = store.rows(slice(0, min(arguments.rows, store.n_rows))).float()
+    seen, held_out = rows[:-16_384], rows[-16_384:]
+    found = []
+    for arch in arguments.archs.split(","):
+        options = OPTIONS.get(arch, {"k": 32})
+        for seed in map(int, arguments.seeds.split(",")):
+            truth = 0.0
+            for engine in ENGINES:
+                torch.manual_seed(seed)
+                dictionary = build(arch, rows.shape[1], arguments.n_features, **options)
+                if "moved" in engine:
+                    g = torch.Generator().manual_seed(int(engine[-1]))
+                    dictionary.W_enc.data.mul_(1 + 1e-6 * torch.randn(dictionary.W_enc.shape, generator=g))
+                config = TrainingConfig(
+                    n_rows=arguments.steps * 2048, engine=engine.partition(",")[0], seed=seed, ring_rows=65_536
+                )
+                train(dictionary, RowStream(ArraySource(seen), seed=seed), config)
+                numbers = measured(dictionary, held_out)
+                truth = truth or numbers["fvu"]
+                difference = numbers["fvu"] / truth - 1
+                found.append({"arch": arch, "seed": seed, "engine": engine, **numbers, "difference": difference})
+                shown = f"fvu {numbers['fvu']:.5f}  dead {numbers['dead_share']:.2%}  l0 {numbers['l0']:.2f}"
+                print(f"{arch} seed {seed} {engine:22} {shown}  difference {difference:+.3%}", flush=True)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
