@@ -69,12 +69,13 @@ class Matryoshka(BatchTopK):
         code = self.encode(batch.input)
         pattern, ends, weights = code.pattern, *self._prefixes()
         group, sums, total = group_of(pattern, ends), self.b_dec - batch.target, torch.zeros_like(self.b_dec[0])
+        mse = total
         for number, weight in enumerate(weights):
             sums = sums + sparse_decode(code.values * (group == number), self.W_dec, pattern)
-            total = total + weight * sums.square().sum(1).mean()
-        residual = -sums
-        auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux)
-        terms = {"mse": residual.detach().square().sum(1).mean(), "auxk": auxk.detach()}
+            mse = sums.square().sum(1).mean()
+            total = total + weight * mse
+        auxk = auxk_loss(self, batch.input, -sums, batch.dead, self._k_aux)
+        terms = {"mse": mse.detach(), "auxk": auxk.detach()}
         return Loss(total + self.config.auxk_coefficient * auxk, terms, code.detach(), (batch.target + sums).detach())
 
     def fit(self, pattern: Pattern, values: Tensor, target: Tensor, work: Workspace) -> Fit:

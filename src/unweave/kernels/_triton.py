@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unweave.kernels.pattern import Pattern
-
 try:
     import triton
     import triton.language
@@ -51,12 +49,6 @@ def tile(d: int, entries: int) -> dict[str, int]:
     """Block sizes for work on ``entries`` rows of width ``d`` at a time, as the kernels' keyword arguments."""
     block_d = min(power_of_two(max(d, 16)), _TILE // entries)
     return {"BLOCK_E": entries, "BLOCK_D": block_d, "num_warps": 4}
-
-
-def rows_of(pattern: Pattern) -> Tensor:
-    """``pattern.rows``, without waiting for the device to say how many there are."""
-    rows = torch.arange(pattern.n_rows, device=pattern.offsets.device)
-    return rows.repeat_interleave(pattern.offsets.diff(), output_size=len(pattern.indices))
 
 
 def check_contiguous(*written: Tensor) -> None:

@@ -67,6 +67,7 @@ class JointWorkspace(Workspace):
         super().__init__(joint.plan, joint.W.device)
         self._joint, self._slice = joint, joint.slices[number]
         self._share_shadow()
+        self._version = joint.encoders[number]._version  # the joint shadow was copied a moment ago
 
     def _share_shadow(self) -> None:
         self.shadow = None if self._joint.shadow is None else self._joint.shadow[self._slice]

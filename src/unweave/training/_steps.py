@@ -30,8 +30,6 @@ class Diverged(Exception):
 class AutogradStep:
     """The step for any dictionary: its ``loss``, differentiated by autograd."""
 
-    plan = Plan()
-
     def __init__(self, dictionary: Dictionary, optimizer: torch.optim.Adam, clip: float | None) -> None:
         self.dictionary, self.optimizer, self.clip = dictionary, optimizer, clip
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}

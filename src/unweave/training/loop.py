@@ -118,6 +118,32 @@ def make_ring(stream: RowStream, config: TrainingConfig, device: torch.device) -
     return ShuffleRing(stream, config.batch_size, capacity, config.seed, device=device)
 
 
+class Checkpoints:
+    """The checkpoint in a folder, and when the next one is due: every so many steps, or about once a minute of work."""
+
+    def __init__(self, folder: Path | None, every: int | None) -> None:
+        self.file = None if folder is None else checkpoint_file(folder)
+        self._every, self._wait, self._written = every, CHECKPOINT_SECONDS, time.monotonic()
+
+    def read(self) -> dict[str, Any] | None:
+        """What the last one holds; None where there is none."""
+        return read_checkpoint(self.file) if self.file is not None and self.file.is_file() else None
+
+    def due(self, step: int) -> bool:
+        if self.file is None or self._every == 0:
+            return False
+        if self._every is None:
+            return time.monotonic() - self._written >= self._wait
+        return step % self._every == 0
+
+    def write(self, state: dict[str, Any]) -> None:
+        assert self.file is not None
+        started = time.monotonic()
+        write_checkpoint(self.file, state)
+        self._written = time.monotonic()
+        self._wait = max(CHECKPOINT_SECONDS, (self._written - started) / CHECKPOINT_SHARE)
+
+
 class Run:
     """A trainer with its files: log, checkpoint, the finished dictionary.
 
@@ -129,16 +155,10 @@ class Run:
     ) -> None:
         self.trainer, self.folder, self.identity = trainer, folder, identity
         self.config = trainer.config
-        self.checkpoint = None if folder is None else folder / "checkpoints" / "latest.safetensors"
+        self.checkpoints = Checkpoints(folder, self.config.checkpoint_every)
         log_file = None if folder is None else folder / "metrics.jsonl"
-        self._wait, self._written = CHECKPOINT_SECONDS, time.monotonic()
-        if saved is None and self.checkpoint is not None and self.checkpoint.is_file():
-            saved = read_checkpoint(self.checkpoint)
-            if "identity" not in saved:
-                raise UnweaveError(
-                    f"{self.checkpoint} belongs to a grid of dictionaries (a sweep): go on with that, choose another "
-                    "folder, or delete it to start anew"
-                )
+        if saved is None and (saved := self.checkpoints.read()) is not None and "identity" not in saved:
+            raise of_others(self.checkpoints.file, "a grid of dictionaries (a sweep)")
         if saved:
             _refuse_other(self.identity, saved["identity"], folder, f"step {saved['trainer']['step']:,}")
             trainer.load_state_dict(saved["trainer"])
@@ -161,10 +181,10 @@ class Run:
                     for tracker in trackers:
                         tracker.log(line, trainer.step)
                     progress.note(_note(line))
-                if self._due():
-                    self.save_checkpoint()
-        if config.keep_checkpoint and self.checkpoint is not None:
-            self.save_checkpoint()
+                if self.checkpoints.due(trainer.step):
+                    self.checkpoints.write(self.state())
+        if config.keep_checkpoint and self.folder is not None:
+            self.checkpoints.write(self.state())
 
     def advance(self) -> dict[str, Any] | None:
         """One step; the line of the log that it completes, if it does."""
@@ -178,21 +198,6 @@ class Run:
         self._clock, self._counted = now, trainer.step
         self.log.append(line | {"rows_per_s": round(rows_per_s, 1), **trainer.ring.stats()})
         return self.log.lines[-1]
-
-    def _due(self) -> bool:
-        every = self.config.checkpoint_every
-        if self.checkpoint is None or every == 0:
-            return False
-        if every is None:
-            return time.monotonic() - self._written >= self._wait
-        return self.trainer.step % every == 0
-
-    def save_checkpoint(self) -> None:
-        assert self.checkpoint is not None
-        started = time.monotonic()
-        write_checkpoint(self.checkpoint, self.state())
-        self._written = time.monotonic()
-        self._wait = max(CHECKPOINT_SECONDS, (self._written - started) / CHECKPOINT_SHARE)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -211,7 +216,7 @@ class Run:
         result = Trained(
             trainer.dictionary, self.log.lines, sentences, config, trainer.scale, trainer.target_scale, self.folder
         )
-        if self.folder is not None and self.checkpoint is not None:
+        if self.folder is not None:
             trainer.dictionary.save(self.folder / "dictionary")
             summary = {
                 "format": _FORMAT,
@@ -225,7 +230,7 @@ class Run:
             }
             write_json(self.folder / "training.json", summary)
             if not config.keep_checkpoint:
-                remove_checkpoint(self.checkpoint)
+                remove_checkpoint(self.folder)
         return result
 
 
@@ -238,7 +243,7 @@ def finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, ident
     saved = Dictionary.load(folder / "dictionary")
     dictionary.load_state_dict(saved.state_dict())
     if not config.keep_checkpoint:
-        remove_checkpoint(folder / "checkpoints" / "latest.safetensors")
+        remove_checkpoint(folder)
     return Trained(
         dictionary.eval(),
         read_metrics(folder / "metrics.jsonl"),
@@ -268,7 +273,18 @@ def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any], where: Path | No
         )
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
+def checkpoint_file(folder: Path) -> Path:
+    return folder / "checkpoints" / "latest.safetensors"
+
+
+def of_others(checkpoint: Path | None, whose: str) -> UnweaveError:
+    return UnweaveError(
+        f"{checkpoint} belongs to {whose}: go on with that, choose another folder, or delete it to start anew"
+    )
+
+
+def remove_checkpoint(folder: Path) -> None:
+    checkpoint = checkpoint_file(folder)
     checkpoint.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's file is in there: leave the folder
         checkpoint.parent.rmdir()

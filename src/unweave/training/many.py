@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,16 @@ from unweave.kernels.joint import JointProduct, JointWorkspace
 from unweave.progress import track
 from unweave.training._steps import ClosedFormStep
 from unweave.training._trainer import Trainer
-from unweave.training.checkpoint import read_checkpoint, write_checkpoint
 from unweave.training.config import TrainingConfig
 from unweave.training.loop import (
-    CHECKPOINT_SECONDS,
-    CHECKPOINT_SHARE,
+    Checkpoints,
     Run,
     Trained,
+    checkpoint_file,
     finished,
     identity_of,
     make_ring,
+    of_others,
     precision_of,
     private_rng,
     remove_checkpoint,
@@ -61,7 +60,6 @@ def train_many(
     """
     folder = None if folder is None else Path(folder)
     config, device = _common(members)
-    folders = {name: None if folder is None else folder / name for name in members}
     results: dict[str, Trained] = {}
     with contextlib.ExitStack() as held:
         if folder is not None:
@@ -73,14 +71,14 @@ def train_many(
         if left:
             held.enter_context(private_rng(device, config.seed))
             held.enter_context(precision_of(config.precision))
-            grid = _Grid(left, stream, config, folder, folders, done=results.keys())
+            grid = _Grid(left, stream, config, folder, done=results.keys())
             try:
                 grid.loop()
             finally:
                 grid.close()
             results |= grid.finish()
         if folder is not None:
-            remove_checkpoint(folder / "checkpoints" / "latest.safetensors")
+            remove_checkpoint(folder)
     return {name: results[name] for name in members}
 
 
@@ -172,20 +170,17 @@ class _Grid:
         stream: RowStream,
         config: TrainingConfig,
         folder: Path | None,
-        folders: dict[str, Path | None],
         done: Collection[str],
     ) -> None:
         self.config = config
-        self.checkpoint = None if folder is None else folder / "checkpoints" / "latest.safetensors"
-        saved: dict[str, Any] | None = None
-        if self.checkpoint is not None and self.checkpoint.is_file():
-            saved = read_checkpoint(self.checkpoint)
-            if saved.get("members", {}).keys() - done != members.keys():
-                found = ", ".join(saved.get("members", {})) or "a training of one dictionary"
-                raise UnweaveError(
-                    f"{self.checkpoint} belongs to another grid ({found}): name the same members to go on with it, "
-                    "choose another folder, or delete it to start anew"
-                )
+        self.checkpoints = Checkpoints(folder, config.checkpoint_every)
+        saved = self.checkpoints.read()
+        if saved is not None and saved.get("members", {}).keys() - done != members.keys():
+            found = ", ".join(saved.get("members", {})) or "a training of one dictionary"
+            raise UnweaveError(
+                f"{self.checkpoints.file} belongs to another grid ({found}): name the same members to go on with it, "
+                "choose another folder, or delete it to start anew"
+            )
         self.ring = make_ring(stream, config, next(iter(members.values()))[0].device)
         if saved is not None:
             self.ring.load_state_dict(saved["ring"])
@@ -195,38 +190,28 @@ class _Grid:
             torch.set_rng_state(seeded)  # as if it were alone
             trainer = _MemberTrainer(dictionary, shared, own)
             state = {} if saved is None else saved["members"][name]
-            own_checkpoint = None if folder is None else folder / name / "checkpoints" / "latest.safetensors"
-            if own_checkpoint is not None and own_checkpoint.is_file():
-                raise UnweaveError(
-                    f"{own_checkpoint} belongs to a training of one dictionary: go on with that, choose another "
-                    "folder, or delete it to start anew"
-                )
-            self.runs[name] = Run(trainer, folders[name], identity_of(dictionary, own, stream), state)
+            own_folder = None if folder is None else folder / name
+            if own_folder is not None and checkpoint_file(own_folder).is_file():
+                raise of_others(checkpoint_file(own_folder), "a training of one dictionary")
+            self.runs[name] = Run(trainer, own_folder, identity_of(dictionary, own, stream), state)
         self._joints = _join([run.trainer for run in self.runs.values()])
 
     def loop(self) -> None:
         runs, config = self.runs, self.config
         first = next(iter(runs.values())).trainer
-        written, wait = time.monotonic(), CHECKPOINT_SECONDS
         verb = f"train {len(runs)} dictionaries" + (f" (from step {first.step:,})" if first.step else "")
         with track((config.n_steps - first.step) * config.batch_size, verb) as progress:
             while first.step < config.n_steps:
                 for run in runs.values():
                     run.advance()
                 progress.advance(config.batch_size)
-                every = config.checkpoint_every
-                due = time.monotonic() - written >= wait if every is None else every and first.step % every == 0
-                if self.checkpoint is not None and due:
-                    started = time.monotonic()
+                if self.checkpoints.due(first.step):
                     self.save()
-                    written = time.monotonic()
-                    wait = max(CHECKPOINT_SECONDS, (written - started) / CHECKPOINT_SHARE)
 
     def save(self) -> None:
         """Everything in one file: members that stood at different steps could not go on together."""
-        assert self.checkpoint is not None
         members = {name: run.state() for name, run in self.runs.items()}
-        write_checkpoint(self.checkpoint, {"ring": self.ring.state_dict(), "members": members})
+        self.checkpoints.write({"ring": self.ring.state_dict(), "members": members})
 
     def close(self) -> None:
         """Close the logs, and give every encoder memory of its own again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unweave.kernels._triton import constexpr, jit, launch, rows_of, tile, tl, weighted_sum, write_dots
+from unweave.kernels._triton import constexpr, jit, launch, tile, tl, weighted_sum, write_dots
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.prefixes.reference import group_of
 
@@ -53,7 +53,7 @@ def decode_prefixes(
     n, d = target.shape
     n_groups, device = len(ends), target.device
     errors, squares = torch.empty(n, n_groups, d, device=device), torch.empty(n, n_groups, device=device)
-    segments, order = torch.sort(rows_of(pattern) * n_groups + group_of(pattern, ends), stable=True)
+    segments, order = torch.sort(pattern.rows * n_groups + group_of(pattern, ends), stable=True)
     starts = torch.searchsorted(segments, torch.arange(n * n_groups + 1, device=device))
     sorted_grads = torch.empty(len(values), device=device)
     read = (

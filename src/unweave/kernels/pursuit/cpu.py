@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.kernels._jit import array, run
-from unweave.kernels.pattern import Pattern
+from unweave.kernels.pattern import Pattern, concatenate
 from unweave.kernels.pursuit import Screening, check, nothing, packed, reference, refuse_not_finite
 from unweave.kernels.pursuit._matching import pursue
 from unweave.kernels.pursuit._orthogonal import pursue_orthogonally
@@ -168,10 +168,7 @@ def _by_residuals(x: Tensor, W: Tensor, options: _Options) -> tuple[Pattern, Ten
         encode, asked["distinct"] = reference.matching_pursuit, options.distinct
     step = max(64, _ROOM // max(len(W), options.k * x.shape[1]))
     parts = [encode(part, W, options.k, **asked) for part in x.split(step)]
-    counts = torch.cat([pattern.offsets.diff() for pattern, _ in parts])
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    indices = torch.cat([pattern.indices for pattern, _ in parts])
-    return Pattern(offsets, indices, len(W)), torch.cat([values for _, values in parts])
+    return concatenate([pattern for pattern, _ in parts]), torch.cat([values for _, values in parts])
 
 
 def _by_gram(x: Tensor, W: Tensor, G: Tensor, options: _Options, results: _Results) -> None:

@@ -29,7 +29,6 @@ from unweave.kernels._triton import (
     launch,
     margin_of,
     power_of_two,
-    rows_of,
     score_of,
     teach,
     tile,
@@ -424,7 +423,7 @@ def batch_topk(
                 return _best(pattern, score, n_keep)
             lower = 0.0
         else:
-            error = slack[rows_of(pattern)] + ROUNDING.value * raw.abs()
+            error = slack[pattern.rows] + ROUNDING.value * raw.abs()
             lower = max(0.0, float(_kth_largest(score - error, n_keep))) if len(score) >= n_keep else 0.0
             if lower >= guess:
                 near = score + error >= lower
@@ -447,7 +446,7 @@ def _refined(pattern: Pattern, screened: Tensor, slack: Tensor, exact: Any) -> t
     values = gather_dot(pattern, exact.X, exact.W)
     if len(values) == 0:
         return values, True
-    rows = rows_of(pattern)
+    rows = pattern.rows
     off = (values - screened).abs() - ROUNDING.value * screened.abs()
     wrong = torch.zeros(pattern.n_rows, dtype=torch.bool, device=values.device)
     wrong[rows[off > slack[rows]]] = True
