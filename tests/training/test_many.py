@@ -18,8 +18,11 @@ from unweave.dictionaries.topk import TopK
 from unweave.errors import UnweaveError
 from unweave.files import only_writer, read_tensors
 from unweave.kernels.backend import why_not
+from unweave.kernels.calibration import pin
+from unweave.kernels.joint import JointProduct, JointWorkspace
 from unweave.sources.arrays import ArraySource
 from unweave.training import Trained, TrainingConfig, train, train_many
+from unweave.training._steps import ClosedFormStep, make_step
 
 D, N = 24, 64
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
@@ -287,6 +290,21 @@ def test_a_member_whose_code_is_crowded_at_first_is_screened_with_its_present_we
     together = train_many(two(), stream())
     for name, (dictionary, own) in two().items():
         assert_close(together[name].dictionary, train(dictionary, stream(), own).dictionary, atol=1e-3)
+
+
+@NUMBA
+def test_a_step_by_autograd_leaves_the_joint_shadow_at_the_present_weights():
+    relu, topk = make("relu", 60).train(), make("topk", 50, k=3).train()
+    joint = JointProduct([relu.W_enc, topk.W_enc], pin("cpu+screen"))
+    stepper = make_step(relu, torch.optim.Adam(relu.parameters()), 1.0, lambda: pin("cpu+screen"))
+    assert isinstance(stepper, ClosedFormStep)
+    stepper.work = JointWorkspace(joint, 0)
+    before = relu.W_enc.detach().clone()
+    made, _ = stepper.run(TrainingBatch(rows()[:N], rows()[:N], None, 0.5), 1e-2, 0.5)
+    assert made.code is not None
+    assert made.code.pattern.is_crowded  # so this step was autograd's
+    assert not torch.equal(relu.W_enc, before)
+    assert torch.equal(stepper.work.shadow, relu.W_enc.bfloat16())
 
 
 def test_members_that_are_done_are_read_back_and_the_others_trained(tmp_path):
