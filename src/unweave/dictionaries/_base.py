@@ -72,6 +72,7 @@ class Dictionary(nn.Module):
     citation: ClassVar[str] = ""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     linear_decoder: ClassVar[bool] = True
+    learns_by_gradient: ClassVar[bool] = True  # else the trainer hands its batches to ``absorb``
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()
@@ -126,6 +127,17 @@ class Dictionary(nn.Module):
 
     def after_step(self, loss: Loss, progress: float) -> None:
         """After the optimiser: renormalise, retract, update thresholds."""
+
+    def absorb(self, batch: TrainingBatch) -> Loss:
+        """Learn from a batch without a gradient (greedy, clustering, streaming methods); the counterpart of ``loss``.
+
+        Called once a step where ``learns_by_gradient`` is False. Everything learnt belongs in parameters and buffers
+        of fixed shapes: they are what a checkpoint holds. The loss it returns is for the log; it needs a ``code``.
+        """
+        raise NotImplementedError
+
+    def complete(self) -> None:
+        """After the last batch, before ``fold_scale``: work out what takes all of the data. May run more than once."""
 
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         """Turn a dictionary trained on ``scale * x`` (and ``out_scale * target``) into one for ``x`` itself.

@@ -1,4 +1,4 @@
-"""One optimisation step, by autograd or in closed form. Both update the same Adam state, so either can go on."""
+"""One step: by autograd, in closed form (both update the same Adam state, so either can go on), or without gradients."""
 
 from __future__ import annotations
 
@@ -184,10 +184,23 @@ class ClosedFormStep(AutogradStep):
         self.work.load_state_dict(state["work"])
 
 
+class AbsorbStep(AutogradStep):
+    """The step of a dictionary that learns without gradients: it takes the batch in."""
+
+    @torch.no_grad()
+    def run(self, batch: TrainingBatch, lr: float, progress: float) -> tuple[Loss, dict[str, float]]:
+        loss = self.dictionary.absorb(batch)
+        values = self._finite(loss, torch.zeros((), device=self.dictionary.device))
+        self.dictionary.after_step(loss, progress)
+        return loss, values
+
+
 def make_step(
     dictionary: Dictionary, optimizer: torch.optim.Adam, clip: float | None, plan: Callable[[], Plan] | None
 ) -> AutogradStep:
     """The closed form where the dictionary has one and a plan is given, else autograd."""
+    if not dictionary.learns_by_gradient:
+        return AbsorbStep(dictionary, optimizer, clip)
     if plan is None or not isinstance(dictionary, LinearDictionary) or not dictionary.has_closed_form():
         return AutogradStep(dictionary, optimizer, clip)
     if any(not p.requires_grad for p in dictionary.parameters()):

@@ -214,6 +214,7 @@ class Trainer:
     def finish(self) -> None:
         """Fold the scales into the dictionary, which then takes raw rows, and put it in eval mode."""
         with torch.no_grad():
+            self.dictionary.complete()
             self.dictionary.fold_scale(self.scale, self.target_scale)
         self.dictionary.eval()
 
