@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,18 +56,18 @@ def test_it_is_given_every_batch_and_completed_before_scales_are_folded():
     trained = run()
     dictionary: LastRows = trained.dictionary
     assert int(dictionary.seen) == 2000
-    assert trained.metrics[-1]["seen"] > 1500 and trained.metrics[-1]["grad_norm"] == 0
+    assert trained.metrics[-1]["seen"] > 1500
+    assert trained.metrics[-1]["grad_norm"] == 0
     torch.testing.assert_close(dictionary.W_enc, dictionary.W_dec)  # equal in and out scales cancel in the encoder
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     whole = run(tmp_path / "whole").dictionary.state_dict()
-    try:
+    with pytest.raises((StopIteration, RuntimeError)):
         run(tmp_path / "killed", stop=12)
-    except (StopIteration, RuntimeError):
-        pass
     again = run(tmp_path / "killed").dictionary.state_dict()
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_fit_takes_it_by_import_path():

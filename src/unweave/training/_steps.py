@@ -1,4 +1,7 @@
-"""One step: by autograd, in closed form (both update the same Adam state, so either can go on), or without gradients."""
+"""One step: by autograd, in closed form, or without gradients.
+
+The first two update the same Adam state, so either can go on where the other stopped.
+"""
 
 from __future__ import annotations
 
