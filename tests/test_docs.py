@@ -1,5 +1,6 @@
 """The documents are run: every Python block of the tour, in order, beside a small demo run on the real model."""
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -24,6 +25,17 @@ def test_the_tour_runs(demo_run, tmp_path, monkeypatch):
 
 
 def test_every_link_in_the_documents_leads_somewhere():
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_pages_on_architectures_are_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("architecture_pages", ROOT / "docs" / "architectures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.pages()
+    there = {"architectures.md", *(f"architectures/{path.name}" for path in ROOT.glob("docs/architectures/*.md"))}
+    assert made.keys() == there, "run python docs/architectures.py"
+    for name, text in made.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"{name}: run python docs/architectures.py"

@@ -70,6 +70,7 @@ class Dictionary(nn.Module):
     name: ClassVar[str]
     Config: ClassVar[type[DictionaryConfig]]
     citation: ClassVar[str] = ""
+    good_for: ClassVar[str] = ""  # when to choose it, in a line
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     linear_decoder: ClassVar[bool] = True
     learns_by_gradient: ClassVar[bool] = True  # else the trainer hands its batches to ``absorb``

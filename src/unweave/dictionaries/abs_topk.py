@@ -15,4 +15,5 @@ class AbsTopK(TopK):
     """
 
     citation = "Zhu, Khalili, Zhu 2026, AbsTopK: rethinking sparse autoencoders for bidirectional features, ICLR"
+    good_for = "concepts with two directions (past and future, more and less) on one axis"
     signed = True

@@ -34,6 +34,7 @@ class BatchTopK(TopK):
 
     Config = BatchTopKConfig
     citation = "Bussmann, Leask, Nanda 2024, BatchTopK sparse autoencoders, arXiv:2412.06410"
+    good_for = "the default: rows take as many features as they need, k on average"
 
     threshold: Tensor
     n_updates: Tensor

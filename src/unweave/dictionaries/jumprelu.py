@@ -76,6 +76,7 @@ class JumpReLU(LinearDictionary):
 
     Config = JumpReLUConfig
     citation = "Rajamanoharan et al. 2024, Jumping ahead, arXiv:2407.14435"
+    good_for = "the best reconstruction at a chosen L0 in long runs; a threshold for every feature"
     betas = (0.0, 0.999)
 
     def __init__(self, config: JumpReLUConfig) -> None:

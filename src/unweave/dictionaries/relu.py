@@ -38,6 +38,7 @@ class ReLU(LinearDictionary):
 
     Config = ReLUConfig
     citation = "Bricken et al. 2023, Towards monosemanticity; Anthropic, circuits updates April 2024"
+    good_for = "comparing with published work; shrinks values, and its L0 follows from a coefficient"
 
     def __init__(self, config: ReLUConfig) -> None:
         super().__init__(config)

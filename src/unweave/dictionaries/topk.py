@@ -43,6 +43,7 @@ class TopK(LinearDictionary):
 
     Config = TopKConfig
     citation = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093"
+    good_for = "a fixed budget a row, the simplest strong baseline; the fastest to train"
     signed: ClassVar[bool] = False  # whether features are ranked by magnitude and may be negative
 
     def rule(self) -> Rule:
