@@ -59,6 +59,7 @@ class Matryoshka(BatchTopK):
     citation = (
         "Bussmann et al. 2025, Learning multi-level features with Matryoshka sparse autoencoders, arXiv:2503.17547"
     )
+    ordered_features = True
 
     def __init__(self, config: MatryoshkaConfig) -> None:
         super().__init__(config)

@@ -50,8 +50,8 @@ class SyntheticConfig(Config):
         d: width of the rows. n_features: planted features.
         seed: of the world (directions, offset) and, with the number of the stream, of its rows.
         l0: features that fire in a row, in the mean, as far as trees and exclusion leave the rates alone.
-        rates: "uniform", or "zipf": feature i fires in proportion to ``(i + 1) ** -zipf_exponent``; or a number for each
-            feature, its probability given that its parent fires (``l0`` then says nothing).
+        rates: "uniform", or "zipf": feature i fires in proportion to ``(i + 1) ** -zipf_exponent``; or a number for
+            each feature, its probability given that its parent fires (``l0`` then says nothing).
         zipf_exponent: of "zipf"; SynthSAEBench has 0.5.
         largest_rate: no feature fires more often; what is cut off goes to the others.
         parents: the parent of each feature (one before it), or -1. A child fires only in rows where its parent does.
@@ -64,8 +64,8 @@ class SyntheticConfig(Config):
         correlation_strength: share of each Gaussian's variance that comes from the factors.
         directions: "random" unit vectors, or "orthonormal" ones (``n_features <= d``).
         spread_steps: steps that move random directions apart (least sum of squared cosines).
-        cosine: that any two features of ``cosine_among`` have: exactly where directions are orthonormal otherwise, about
-            where they are random.
+        cosine: that any two features of ``cosine_among`` have: exactly where directions are otherwise orthonormal,
+            roughly where they are random.
         cosine_among: "all", or "siblings" (features of one parent; those without a parent count as siblings).
         magnitude: of a firing feature: "fixed", "uniform", "normal" (raised to a hundredth of the mean where it is
             lower), "exponential" or "lognormal".
@@ -83,16 +83,16 @@ class SyntheticConfig(Config):
     l0: PositiveFloat = 3.0
     rates: Literal["uniform", "zipf"] | tuple[float, ...] = "uniform"
     zipf_exponent: PositiveFloat = 0.5
-    largest_rate: float = Field(1.0, gt=0, le=1)
+    largest_rate: float = Field(default=1.0, gt=0, le=1)
     parents: tuple[int, ...] | None = None
     exclusive: tuple[tuple[int, ...], ...] = ()
     hierarchy: Hierarchy | None = None
     correlation: Literal["none", "groups", "low_rank"] = "none"
     correlation_size: PositiveInt = 4
-    correlation_strength: float = Field(0.5, ge=0, lt=1)
+    correlation_strength: float = Field(default=0.5, ge=0, lt=1)
     directions: Literal["random", "orthonormal"] = "random"
     spread_steps: NonNegativeInt = 0
-    cosine: float = Field(0.0, ge=0, lt=1)
+    cosine: float = Field(default=0.0, ge=0, lt=1)
     cosine_among: Literal["all", "siblings"] = "all"
     magnitude: Literal["fixed", "uniform", "normal", "exponential", "lognormal"] = "uniform"
     magnitude_mean: PositiveFloat = 1.0
