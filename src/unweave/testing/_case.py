@@ -19,7 +19,7 @@ from unweave.sources.arrays import ArraySource
 from unweave.training import TrainingConfig, train
 
 K = 3.0  # features a row that an architecture is asked for, unless options say so
-_STEPS, _BATCH, _POOL = 60, 64, 4096
+_STEPS, _BATCH, _RING, _POOL = 60, 64, 512, 4096
 
 
 class Case:
@@ -65,8 +65,8 @@ class Case:
             return self.kind(config)
 
     def started(self, seed: int = 0) -> Dictionary:
-        """A fresh dictionary that has seen the sample training starts with, in training mode."""
-        dictionary, sample = self.build(seed=seed).train(), self.rows(1024, torch.float32, seed=3)
+        """What :meth:`trained` was before its first step, in training mode."""
+        dictionary, sample = self.build(seed=seed).train(), self.rows(_RING, torch.float32)
         with seeded(seed):
             dictionary.initialise(sample, sample)
         return dictionary
@@ -75,8 +75,7 @@ class Case:
         """A copy, in eval mode, of a dictionary trained for 60 steps."""
         if self._trained is None:
             try:
-                dictionary = self.build()
-                self._trained = train(dictionary, self.stream(), self.training()).dictionary
+                self._trained = self.train(self.build(), self.stream(), self.training())
             except Exception as error:
                 self._trained = error
         if isinstance(self._trained, Exception):
@@ -93,7 +92,13 @@ class Case:
         dictionary = self.build(d_out=d_out, **options)
         rows = self.rows(1024, torch.float32)
         target = rows @ torch.randn(self.d, d_out, generator=torch.Generator().manual_seed(5)) / self.d**0.5 + 0.3
-        return train(dictionary, RowStream(ArraySource(rows, target)), self.training(n_steps=20)).dictionary.double()
+        return self.train(dictionary, RowStream(ArraySource(rows, target)), self.training(n_steps=20)).double()
+
+    @staticmethod
+    def train(dictionary: Dictionary, *args: Any, **options: Any) -> Dictionary:
+        """:func:`unweave.training.train`, also where a check has turned gradients off."""
+        with torch.enable_grad():
+            return train(dictionary, *args, **options).dictionary
 
     # ---- rows -------------------------------------------------------------------------------------------------
 
@@ -112,7 +117,7 @@ class Case:
 
     def training(self, *, n_steps: int = _STEPS, **options: Any) -> TrainingConfig:
         # Rows have the scale of training already, so that losses before and after it can be compared.
-        fixed = {"batch_size": _BATCH, "ring_rows": 512, "normalise_input": False, "checkpoint_every": 0}
+        fixed = {"batch_size": _BATCH, "ring_rows": _RING, "normalise_input": False, "checkpoint_every": 0}
         return TrainingConfig(n_rows=n_steps * _BATCH, **{**fixed, **options})
 
 

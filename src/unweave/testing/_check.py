@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from unittest import SkipTest
 
 import torch
@@ -50,7 +50,7 @@ def check(applies: Callable[[type[Dictionary]], bool] = lambda kind: True) -> Ca
     return add
 
 
-def skip(reason: str) -> None:
+def skip(reason: str) -> NoReturn:
     """Leave a check out, and say why."""
     raise SkipTest(reason)
 

@@ -24,10 +24,11 @@ def is_documented(case: Case) -> None:
 @check()
 def has_a_way_to_learn(case: Case) -> None:
     """It defines the method that the trainer will call."""
-    method = "loss" if case.kind.learns_by_gradient else "absorb"
+    by_gradient = case.kind.learns_by_gradient
+    method = "loss" if by_gradient else "absorb"
     require(
         getattr(case.kind, method) is not getattr(Dictionary, method),
-        f"learns_by_gradient is {case.kind.learns_by_gradient}, so the trainer calls {method}, which it does not define",
+        f"learns_by_gradient is {by_gradient}, so the trainer calls {method}, which it does not define",
     )
 
 

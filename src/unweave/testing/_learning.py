@@ -17,7 +17,6 @@ from unweave.kernels.workspace import Plan, Workspace
 from unweave.testing._case import Case, K, seeded
 from unweave.testing._check import check, require, require_close, require_finite, require_same_bits, skip
 from unweave.testing._encoding import require_valid
-from unweave.training import train
 
 
 def _by_gradient(kind: type[Dictionary]) -> bool:
@@ -104,7 +103,8 @@ def learns_an_easy_problem(case: Case) -> None:
 
     before, after = measure(case.started()), measure(case.trained(torch.float32))
     if case.kind.learns_by_gradient:
-        require(after < before, f"the loss on rows it has not seen went from {before:.4g} to {after:.4g}")
+        least = before - 1e-3 * abs(before)
+        require(after < least, f"the loss on rows it has not seen went from {before:.4g} to {after:.4g}")
     else:
         slack = 1e-6 * abs(before)
         require(after <= before + slack, f"the squared error on new rows rose from {before:.4g} to {after:.4g}")
@@ -164,16 +164,16 @@ class _Killer:
 def resumes_with_the_same_bits(case: Case) -> None:
     """A training killed in the middle and resumed ends with the very weights of one that was not."""
     config = case.training(n_steps=16, checkpoint_every=4, log_every=1)
-    whole = train(case.build(), case.stream(), config).dictionary.state_dict()
+    whole = case.train(case.build(), case.stream(), config).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(case.build(), case.stream(), config, folder, trackers=_Killer(11))
+            case.train(case.build(), case.stream(), config, folder, trackers=_Killer(11))
         except _Killed:
             pass
         else:
             require(False, "training could not be killed at step 11 of 16")
         with seeded(17):  # neither the random state nor the weights it was built with may matter now
-            resumed = train(case.build(seed=1), case.stream(), config, folder).dictionary.state_dict()
+            resumed = case.train(case.build(seed=1), case.stream(), config, folder).state_dict()
     require(whole.keys() == resumed.keys(), f"state: expected {sorted(whole)}, found {sorted(resumed)}")
     for name, tensor in whole.items():
         require_same_bits(resumed[name], tensor, f"{name} after a kill at step 11 and a resume from step 8")
@@ -186,7 +186,6 @@ def sparsity_is_honoured(case: Case) -> None:
         wanted = case.kind.sparsity_option(K)
     except UnweaveError as error:
         skip(str(error))
-        return
     if "k" not in wanted:
         require(bool(wanted), "sparsity_option returned nothing")
         case.build(**wanted)

@@ -40,7 +40,8 @@ class Trainer:
         self.lr = config.lr or dictionary.default_lr() * config.lr_boost
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(
-            list(self.parameters.values()),
+            # Adam refuses an empty list, and what learns without gradients may have nothing that asks for one.
+            list(self.parameters.values()) or [torch.zeros((), device=self.device)],
             lr=self.lr,
             betas=dictionary.betas,
             fused=self.device.type in ("cpu", "cuda"),

@@ -69,3 +69,21 @@ class Tied(Dictionary):
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         self.b.div_(scale)
+
+
+class Curved(Tied):
+    """Tied atoms with a decoder that is not linear: ``x_hat = z D + z^2 Q + b``."""
+
+    linear_decoder = False
+
+    def __init__(self, config: TiedConfig) -> None:
+        super().__init__(config)
+        self.Q = nn.Parameter(torch.zeros(config.n_features, config.d_in))
+
+    def decode(self, code: SparseCode) -> Tensor:
+        return super().decode(code) + code.dense().square() @ self.Q
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        super().fold_scale(scale, out_scale)
+        self.Q.mul_(scale)

@@ -1,8 +1,0 @@
-"""All that the author of a plug-in has to write."""
-
-from unweave.testing import parametrize_with_checks
-
-
-@parametrize_with_checks(["unweave_sample.tied:Tied"])
-def test_tied(check):
-    check()
