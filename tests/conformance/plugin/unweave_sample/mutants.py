@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import ConfigDict, PositiveInt
 from torch import Tensor, nn
-from unweave_sample.tied import Tied, TiedConfig
 
 from unweave import SparseCode
 from unweave.dictionaries import DictionaryConfig, Loss, TopK, TrainingBatch
 from unweave.dictionaries._closed_form import Backward, Step
+from unweave_sample.tied import Tied, TiedConfig
 
 #: Name of a check to its mutant and a part of the message that it must give.
 MUTANTS: dict[str, tuple[type, str]] = {}
