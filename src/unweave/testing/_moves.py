@@ -34,7 +34,7 @@ def works_in_bfloat16(case: Case) -> None:
         require(code.dtype == torch.bfloat16, f"codes in bfloat16: found values of {code.dtype}")
         require(output.dtype == torch.bfloat16, f"outputs in bfloat16: found {output.dtype}")
         wrong = float((output.float() - single(x)).norm(dim=1).median() / single(x).norm(dim=1).median())
-    require(wrong < 0.05, f"outputs in bfloat16 are {wrong:.0%} off (median over rows), expected less than 5 %")
+    require(wrong < 0.1, f"outputs in bfloat16 are {wrong:.0%} off (median over rows), expected less than 10 %")
 
 
 @check()
