@@ -16,6 +16,7 @@ SRC = ROOT / "src" / "unweave"
 ROOMS = [
     *("errors", "files", "config", "progress", "kernels", "codes", "batch", "metrics", "dictionaries", "sources"),
     *("interventions", "activations", "training", "features", "evaluation", "runs", "workflows", "web", "cli"),
+    "testing",
 ]
 HEAVY = ("transformers", "fastapi", "pyarrow", "sklearn", "scipy", "jinja2", "pandas", "datasets", "tokenizers")
 

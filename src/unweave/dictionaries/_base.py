@@ -64,16 +64,35 @@ class Dictionary(nn.Module):
 
     A new architecture is one file: a subclass with ``name``, a ``Config``, ``encode``, ``decode``, ``loss`` and
     ``decoder_directions``, registered with :func:`unweave.dictionaries.register`. Everything else (the hooks below)
-    has a sensible default. The trainer knows only this interface.
+    has a sensible default. The trainer knows only this interface, and :mod:`unweave.testing` checks it.
+
+    Attributes:
+        name: what it is registered as. Config: its config. citation: where the method comes from.
+        good_for: when to choose it, in a line.
+        betas: of Adam.
+        linear_decoder: claims that ``decode(code)`` is ``code @ decoder_directions()`` plus a constant.
+        learns_by_gradient: whether ``loss`` is differentiated; else the trainer hands its batches to ``absorb``.
+        ordered_features: claims that features are not interchangeable (nested prefixes, groups, experts): with its
+            features in another order the dictionary may do something else. Else parameters and buffers are permuted
+            along every dimension of size n_features, and codes are permuted likewise.
+        homogeneous: claims that ``c`` times the distance from its centre (what it decodes from no code at all) gives
+            ``c`` times the code, for ``c > 0``.
+        scaled_codes: claims that values are in the units of the target, and that scale never goes into the directions;
+            false where values mean something else (memberships, say).
+        bfloat16: claims to encode and decode in bfloat16 as well.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[DictionaryConfig]]
     citation: ClassVar[str] = ""
-    good_for: ClassVar[str] = ""  # when to choose it, in a line
+    good_for: ClassVar[str] = ""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     linear_decoder: ClassVar[bool] = True
-    learns_by_gradient: ClassVar[bool] = True  # else the trainer hands its batches to ``absorb``
+    learns_by_gradient: ClassVar[bool] = True
+    ordered_features: ClassVar[bool] = False
+    homogeneous: ClassVar[bool] = False
+    scaled_codes: ClassVar[bool] = True
+    bfloat16: ClassVar[bool] = False
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()

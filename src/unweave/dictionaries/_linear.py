@@ -35,6 +35,7 @@ class LinearDictionary(Dictionary):
     """
 
     Config = LinearConfig
+    bfloat16 = True
 
     def __init__(self, config: LinearConfig) -> None:
         super().__init__(config)

@@ -60,6 +60,7 @@ class Matryoshka(BatchTopK):
         "Bussmann et al. 2025, Learning multi-level features with Matryoshka sparse autoencoders, arXiv:2503.17547"
     )
     good_for = "features at several levels of detail; less absorption of general features by special ones"
+    ordered_features = True
 
     def __init__(self, config: MatryoshkaConfig) -> None:
         super().__init__(config)

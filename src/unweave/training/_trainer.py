@@ -40,7 +40,8 @@ class Trainer:
         self.lr = config.lr or dictionary.default_lr() * config.lr_boost
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(
-            list(self.parameters.values()),
+            # Adam refuses an empty list, and what learns without gradients may have nothing that asks for one.
+            list(self.parameters.values()) or [torch.zeros((), device=self.device)],
             lr=self.lr,
             betas=dictionary.betas,
             fused=self.device.type in ("cpu", "cuda"),
@@ -200,8 +201,15 @@ class Trainer:
         self.input_norms = state["input_norms"]
         self.dictionary.load_state_dict(state["weights"])
         for name, values in state["adam"].items():
+            parameter = self.parameters[name]
             # Adam keeps its step count on the parameter's device only when fused; either way it moves it itself.
-            self.optimizer.state[self.parameters[name]] = {key: v.to(self.device) for key, v in values.items()}
+            moved = {key: v.to(self.device) for key, v in values.items()}
+            # Fused Adam walks through memory: moments have to lie there as their weights do (a matrix may be a
+            # transpose), and a file does not say how they lay.
+            self.optimizer.state[parameter] = {
+                key: torch.empty_like(parameter).copy_(v) if v.shape == parameter.shape and v.ndim else v
+                for key, v in moved.items()
+            }
         self.stepper.load_state_dict(state["engine"])
         self.silent.copy_(state["silent"])
         self.window.load_state_dict(state["window"], self.device)

@@ -1,0 +1,1 @@
+"""A package that is not unweave's, with a method of its own."""
