@@ -9,6 +9,7 @@ from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
 from unweave.dictionaries.gated import Gated as Gated
 from unweave.dictionaries.group_max import GroupMax as GroupMax
 from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
+from unweave.dictionaries.inference import pursue as pursue
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.matryoshka import MatryoshkaJumpReLU as MatryoshkaJumpReLU
