@@ -27,7 +27,7 @@ class SwitchConfig(LinearConfig):
 
     k: PositiveInt = 32
     n_experts: PositiveInt = 8
-    balance_coefficient: float = Field(0.01, ge=0)
+    balance_coefficient: float = Field(0.1, ge=0)
 
     @model_validator(mode="after")
     def _experts_fit(self) -> SwitchConfig:
