@@ -17,7 +17,7 @@ import torch
 
 from unweave.activations import ActivationStore, RowStream
 from unweave.batch import ActivationBatch
-from unweave.dictionaries import Dictionary, Loss
+from unweave.dictionaries import Dictionary, Loss, build
 from unweave.errors import UnweaveError
 from unweave.files import read_tensors
 from unweave.training import TrainingConfig, train
@@ -79,6 +79,30 @@ def test_stopped_by_an_exception_then_resumed(arch: str, tmp_path: Path) -> None
     train(worker.make(arch), worker.stream(), worker.CONFIG, broken)
     assert_same_run(whole, broken)
     assert not (broken / "checkpoints").exists()
+
+
+# Architectures that draw, count or remember something on the way.
+WITH_STATE: dict[str, dict[str, Any]] = {
+    "matryoshka": {"k": 3, "prefixes": "random", "n_prefixes": 4},
+    "ort": {"k": 3, "chunk_size": 12, "every": 2},
+    "p_anneal": {},
+    "gated": {"p_end": 0.3},
+    "switch": {"k": 3, "n_experts": 4},
+}
+
+
+@pytest.mark.parametrize("arch", WITH_STATE)
+def test_what_is_drawn_and_counted_goes_on_too(arch: str, tmp_path: Path) -> None:
+    def make() -> Dictionary:
+        torch.manual_seed(2)
+        return build(arch, d_in=24, n_features=48, **WITH_STATE[arch])
+
+    config = worker.CONFIG.replace(n_rows=60 * 64)
+    train(make(), worker.stream(), config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(stop_at(make(), 38), worker.stream(), config, tmp_path / "broken")
+    train(make(), worker.stream(), config, tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize("kind", ["store", "transcoder"])

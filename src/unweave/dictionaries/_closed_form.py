@@ -63,7 +63,8 @@ class Fit:
         errors: ``(n g, d_out)``; the decoder row of a feature has the gradient ``sum value * errors[row g + group]``.
         lengths: ``(n g,)``, at least the norms of ``errors``.
         bias: ``(d_out,)``, of the loss by the decoder's bias.
-        groups: ``(n_features,)`` from 0 to g - 1; None where g is 1.
+        groups: ``(n_features,)`` from 0 to g - 1, or ``(nnz,)`` where ``by_entry``; None where g is 1.
+        by_entry: whether it depends on the entry, and not on its feature alone, which group it belongs to.
     """
 
     loss: Tensor
@@ -74,13 +75,15 @@ class Fit:
     lengths: Tensor
     bias: Tensor
     groups: Tensor | None = None
+    by_entry: bool = False
 
     def columns(self, columns: Columns, n: int) -> Columns:
         """The entries by feature, with their rows in ``errors``."""
         if self.groups is None:
             return columns
-        n_groups, counts = len(self.errors) // max(1, n), columns.starts.diff()
-        return columns._replace(rows=columns.rows * n_groups + self.groups.repeat_interleave(counts))
+        n_groups = len(self.errors) // max(1, n)
+        groups = self.groups[columns.order] if self.by_entry else self.groups.repeat_interleave(columns.starts.diff())
+        return columns._replace(rows=columns.rows * n_groups + groups)
 
 
 def plain_fit(pattern: Pattern, values: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor, work: Workspace) -> Fit:

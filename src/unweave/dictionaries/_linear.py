@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,14 @@ class LinearConfig(DictionaryConfig):
     """
 
     subtract_bias: bool = True
+
+
+class Errors(NamedTuple):
+    """What a loss makes of a code: the squared errors it trains on, those of the whole reconstruction, and that."""
+
+    trained: Tensor
+    mse: Tensor
+    reconstruction: Tensor  # (n, d_out)
 
 
 class LinearDictionary(Dictionary):
@@ -111,6 +121,12 @@ class LinearDictionary(Dictionary):
     def decoder_directions(self) -> Tensor:
         return self.W_dec.detach()
 
+    def errors(self, code: SparseCode, target: Tensor) -> Errors:
+        """The squared errors of a code, summed over d and averaged over rows; what ``fit`` is without autograd."""
+        reconstruction = self.decode(code)
+        mse = (target - reconstruction).square().sum(1).mean()
+        return Errors(mse, mse, reconstruction)
+
     # ---- hooks of the trainer ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -167,7 +183,19 @@ class LinearDictionary(Dictionary):
 
 # What the closed form computes in its own way; anything else may be overridden freely.
 SPOKEN_FOR = frozenset(
-    ("loss", "encode", "decode", "_entries", "centre", "select", "activate", "threshold", "before_step", "after_step")
+    (
+        "loss",
+        "errors",
+        "encode",
+        "decode",
+        "_entries",
+        "centre",
+        "select",
+        "activate",
+        "threshold",
+        "before_step",
+        "after_step",
+    )
 )
 
 

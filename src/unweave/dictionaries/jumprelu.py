@@ -16,7 +16,7 @@ from unweave.dictionaries._closed_form import Backward, Step
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
 from unweave.dictionaries.registry import register
 from unweave.kernels.autograd import sparse_encode
-from unweave.kernels.gradients.reference import sum_by_feature
+from unweave.kernels.gradients.reference import Extra, sum_by_feature
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import AboveRule, Rule, reference, select
 
@@ -24,21 +24,28 @@ from unweave.kernels.select import AboveRule, Rule, reference, select
 class JumpReLUConfig(LinearConfig):
     """
     Attributes:
-        penalty: "target" is ``c (L0 / target_l0 - 1)^2``; "l0" is ``c L0``, as in the paper.
+        penalty: "target" is ``c (L0 / target_l0 - 1)^2``; "l0" is ``c L0``, as in the paper; "tanh" is
+            ``c sum_i tanh(s z_i)``, L0 where z is large and L1 where it is small (Anthropic, January 2025).
         target_l0: the L0 to land on (for "target"; also sets the starting thresholds).
+        tanh_scale: s. None: ``4 sqrt(d_in)``, that is 4 where E||x|| = sqrt(d).
         sparsity_coefficient: c.
         bandwidth: width of the estimator's window around each threshold, for inputs scaled to E||x||^2 = 1.
         initial_threshold: a number (the paper's is 1e-3), or None to start where twice ``target_l0`` features fire.
             The paper trains on billions of tokens, in which thresholds have time to climb; short runs do not.
         sparsity_warmup: share of training over which the penalty rises from 0.
+        dead_coefficient: p in ``p sum_i max(0, theta_i - u_i)`` over the dead features, which draws thresholds and
+            pre-activations together until they fire again. None: 0, but for "tanh" ``3e-6 / sqrt(d_in)``, that is
+            3e-6 where E||x|| = sqrt(d).
     """
 
-    penalty: Literal["target", "l0"] = "target"
+    penalty: Literal["target", "l0", "tanh"] = "target"
     target_l0: PositiveFloat = 32.0
+    tanh_scale: PositiveFloat | None = None
     sparsity_coefficient: PositiveFloat = 1.0
     bandwidth: PositiveFloat = 1e-3
     initial_threshold: PositiveFloat | None = None
     sparsity_warmup: float = Field(0.05, ge=0, le=1)
+    dead_coefficient: float | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _target_fits(self) -> JumpReLUConfig:
@@ -72,11 +79,17 @@ class _Jump(torch.autograd.Function):
 
 @register("jumprelu")
 class JumpReLU(LinearDictionary):
-    """``z = u 1[u > theta]``, ``theta = exp(log_threshold)`` per feature, loss ``||x - x_hat||^2 + penalty(L0)``."""
+    """``z = u 1[u > theta]``, ``theta = exp(log_threshold)`` per feature, loss ``||x - x_hat||^2 + penalty(L0)``.
+
+    Atoms have unit norm, so that the norms by which Anthropic's variant weighs its terms are all 1.
+    """
 
     Config = JumpReLUConfig
     citation = "Rajamanoharan et al. 2024, Jumping ahead, arXiv:2407.14435"
     good_for = "the best reconstruction at a chosen L0 in long runs; a threshold for every feature"
+    citation = (
+        "Rajamanoharan et al. 2024, Jumping ahead, arXiv:2407.14435; tanh: Anthropic, circuits updates January 2025"
+    )
     betas = (0.0, 0.999)
 
     def __init__(self, config: JumpReLUConfig) -> None:
@@ -109,32 +122,74 @@ class JumpReLU(LinearDictionary):
         u = sparse_encode(centred, self.W_enc, self.b_enc, scores, pattern)
         values, fires = _Jump.apply(u, threshold[pattern.indices.long()], self.config.bandwidth)  # type: ignore[misc]
         code = SparseCode.from_pattern(pattern, values)
-        reconstruction = self.decode(code)
-        mse = (batch.target - reconstruction).square().sum(1).mean()
-        l0 = fires.sum() / max(1, len(x))
-        penalty = self._penalty(l0, batch.progress)
+        trained, mse, reconstruction = self.errors(code, batch.target)
+        penalty = self._penalty(values, fires, len(x), batch.progress)
         terms = {"mse": mse.detach(), "sparsity": penalty.detach()}
-        return Loss(mse + penalty, terms, code.detach(), reconstruction.detach())
+        total = trained + penalty
+        if self._dead_coefficient:
+            lost = self._lost(centred.detach(), batch.dead)
+            terms["dead"], total = lost.detach(), total + lost
+        return Loss(total, terms, code.detach(), reconstruction.detach())
 
     def backward(self, step: Step) -> Backward:
-        config, features, n = self.config, step.pattern.indices.long(), max(1, len(step.x))
+        features, bandwidth = step.pattern.indices.long(), self.config.bandwidth
         threshold = self.threshold.detach()
         at = threshold[features]
         fires = step.u > at
-        l0 = (fires.sum().to(step.u) / n).requires_grad_()
+        values, fired = step.values.detach().requires_grad_(), fires.to(step.u).requires_grad_()
         with torch.enable_grad():
-            penalty = self._penalty(l0, step.batch.progress)
-        (grad_l0,) = torch.autograd.grad(penalty, l0)
-        window = ((step.u - at).abs() < config.bandwidth / 2).to(step.u.dtype) / config.bandwidth
-        pushes = sum_by_feature(step.pattern, -window * (at * step.grads + grad_l0 / n))
+            penalty = self._penalty(values, fired, len(step.x), step.batch.progress)
+        by_value, by_firing = torch.autograd.grad(penalty, (values, fired), materialize_grads=True)
+        grads = step.grads + by_value
+        window = ((step.u - at).abs() < bandwidth / 2).to(step.u.dtype) / bandwidth
+        pushes = sum_by_feature(step.pattern, -window * (at * grads + by_firing))
         penalty = penalty.detach()
-        return Backward(step.grads * fires, penalty, {"sparsity": penalty}, dense={"log_threshold": pushes * threshold})
+        back = Backward(grads * fires, penalty, {"sparsity": penalty}, dense={"log_threshold": pushes * threshold})
+        if self._dead_coefficient:
+            self._add_lost(back, step)
+        return back
 
-    def _penalty(self, l0: Tensor, progress: float) -> Tensor:
+    def _penalty(self, values: Tensor, fires: Tensor, n: int, progress: float) -> Tensor:
         config = self.config
-        raw = (l0 / config.target_l0 - 1).square() if config.penalty == "target" else l0
+        if config.penalty == "tanh":
+            scale = config.tanh_scale or 4 * self.d_in**0.5
+            raw = (scale * values).tanh().sum() / max(1, n)
+        else:
+            l0 = fires.sum() / max(1, n)
+            raw = (l0 / config.target_l0 - 1).square() if config.penalty == "target" else l0
         warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
         return config.sparsity_coefficient * warm * raw
+
+    # ---- features that fell silent ----------------------------------------------------------------------------
+
+    @property
+    def _dead_coefficient(self) -> float:
+        given, default = self.config.dead_coefficient, 3e-6 / self.d_in**0.5 if self.config.penalty == "tanh" else 0.0
+        return default if given is None else given
+
+    def _lost(self, centred: Tensor, dead: Tensor | None) -> Tensor:
+        """How far dead features are from firing, summed over them and averaged over rows."""
+        at = dead.nonzero().squeeze(1) if dead is not None else None
+        if at is None or len(at) == 0:
+            return centred.new_zeros(())
+        u = F.linear(centred, self.W_enc[at], self.b_enc[at])
+        return self._dead_coefficient * F.relu(self.threshold[at] - u).sum() / max(1, len(centred))
+
+    def _add_lost(self, back: Backward, step: Step) -> None:
+        """The same with its gradients, on the rows of the dead features alone."""
+        dead = step.batch.dead
+        at = dead.nonzero().squeeze(1) if dead is not None else step.pattern.offsets.new_zeros(0)
+        W_enc, b_enc, threshold = self.W_enc.detach()[at], self.b_enc.detach()[at], self.threshold.detach()
+        short = F.relu(threshold[at] - step.work.product(step.x, W_enc.T) - b_enc)
+        weight = self._dead_coefficient / max(1, len(step.x))
+        below = (short > 0).to(step.x) * weight
+        place = torch.full((self.n_features,), -1, dtype=torch.long, device=at.device)
+        place[at] = torch.arange(len(at), device=at.device)
+        back.encoder = Extra(place, -step.work.product(below.T, step.x))
+        back.b_enc = below.new_zeros(self.n_features).index_copy_(0, at, -below.sum(0))
+        back.dense["log_threshold"] = back.dense["log_threshold"].index_add(0, at, below.sum(0) * threshold[at])
+        back.terms["dead"] = weight * short.sum()
+        back.total = back.total + back.terms["dead"]
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor) -> None:

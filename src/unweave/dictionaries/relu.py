@@ -59,10 +59,9 @@ class ReLU(LinearDictionary):
 
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
-        reconstruction = self.decode(code)
-        mse = (batch.target - reconstruction).square().sum(1).mean()
+        trained, mse, reconstruction = self.errors(code, batch.target)
         l1 = (sum_by_feature(code.pattern, code.values) * self.W_dec.norm(dim=1)).sum() / max(1, len(code))
-        total = mse + self._coefficient(batch.progress) * l1
+        total = trained + self._coefficient(batch.progress) * l1
         return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, code.detach(), reconstruction.detach())
 
     def _coefficient(self, progress: float) -> float:

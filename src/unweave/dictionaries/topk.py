@@ -54,11 +54,10 @@ class TopK(LinearDictionary):
 
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
-        reconstruction = self.decode(code)
+        trained, mse, reconstruction = self.errors(code, batch.target)
         residual = batch.target - reconstruction
-        mse = residual.square().sum(1).mean()
         auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux, signed=self.signed)
-        total = mse + self.config.auxk_coefficient * auxk
+        total = trained + self.config.auxk_coefficient * auxk
         return Loss(total, {"mse": mse.detach(), "auxk": auxk.detach()}, code.detach(), reconstruction.detach())
 
     def backward(self, step: Step) -> Backward:

@@ -1,4 +1,4 @@
-"""Matching pursuit and its orthogonal sibling, with the residual written out: the truth for the compiled kernels.
+"""Matching pursuit and its siblings, with the residual written out: the truth for the compiled kernels.
 
 Every pick costs a full product of residuals and atoms. Works in float32 and float64, on any device.
 """
@@ -6,6 +6,7 @@ Every pick costs a full product of residuals and atoms. Works in float32 and flo
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unweave.kernels.pattern import Pattern
@@ -115,6 +116,47 @@ def orthogonal_matching_pursuit(
     # In the basis the atoms are an upper triangle; rows that stopped early get ones on the rest of the diagonal.
     triangle = (basis @ atoms.mT).triu() + torch.diag_embed((~kept).to(x.dtype))
     values = torch.linalg.solve_triangular(triangle, basis @ x[:, :, None], upper=True).squeeze(2)
+    return packed(indices, values, counts, m)
+
+
+@torch.no_grad()
+def gradient_pursuit(
+    x: Tensor, W: Tensor, k: int, *, signed: bool = False, tolerance: float | None = None
+) -> tuple[Pattern, Tensor]:
+    """Gradient pursuit (Blumensath and Davies 2008): after each pick, one step of all picked atoms down the gradient.
+
+    As :func:`matching_pursuit`, but for this: with r the residual and g its correlations with the picked atoms, values
+    become ``w + a g``, where ``a = <g W, r> / ||g W||^2`` leaves the least residual; then, where picking is not
+    ``signed``, values below 0 become 0 (Smith 2024 for sparse autoencoders). W may have atoms of any norm. The best
+    atom may be one that was picked before: then the row only takes the step.
+    """
+    check(x, W, k, tolerance)
+    n, m, width = len(x), len(W), min(k, len(W))
+    if n * width == 0:
+        return nothing(x, m)
+    residual, floor = x.clone(), noise(x.dtype) * x.norm(dim=1)
+    indices, values = _empty(x, width)
+    counts = torch.zeros(n, dtype=torch.long, device=x.device)
+    active = torch.ones(n, dtype=torch.bool, device=x.device)
+    for _ in range(k):
+        scores = residual @ W.T
+        best, at = (scores.abs() if signed else scores).max(dim=1)
+        active &= best > floor
+        if tolerance is not None:
+            active &= residual.norm(dim=1) > tolerance
+        row = active.nonzero().squeeze(1)
+        if len(row) == 0:
+            break
+        fresh = row[(indices[row] != at[row, None]).all(dim=1)]
+        indices[fresh, counts[fresh]] = at[fresh]
+        counts[fresh] += 1
+        picked = indices[row].clamp_min(0)
+        gradient = scores[row].gather(1, picked) * (indices[row] >= 0)
+        direction = F.embedding_bag(picked, W, mode="sum", per_sample_weights=gradient)
+        step = (direction * residual[row]).sum(dim=1) / direction.square().sum(dim=1)
+        moved = values[row] + step[:, None] * gradient
+        values[row] = moved if signed else moved.clamp_min(0)
+        residual[row] = x[row] - F.embedding_bag(picked, W, mode="sum", per_sample_weights=values[row])
     return packed(indices, values, counts, m)
 
 
