@@ -6,6 +6,13 @@ from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
+from unweave.dictionaries.clt import CrossLayerTranscoder as CrossLayerTranscoder
+from unweave.dictionaries.crosscoder import BatchTopKCrosscoder as BatchTopKCrosscoder
+from unweave.dictionaries.crosscoder import Crosscoder as Crosscoder
+from unweave.dictionaries.crosscoder import ModelDiff as ModelDiff
+from unweave.dictionaries.crosscoder import TopKCrosscoder as TopKCrosscoder
+from unweave.dictionaries.crosscoder import model_diff as model_diff
+from unweave.dictionaries.crosscoder import relative_norms as relative_norms
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.registry import build as build
@@ -13,4 +20,7 @@ from unweave.dictionaries.registry import get as get
 from unweave.dictionaries.registry import names as names
 from unweave.dictionaries.registry import register as register
 from unweave.dictionaries.relu import ReLU as ReLU
+from unweave.dictionaries.temporal import Temporal as Temporal
 from unweave.dictionaries.topk import TopK as TopK
+from unweave.dictionaries.transcoder import SkipTranscoder as SkipTranscoder
+from unweave.dictionaries.transcoder import Transcoder as Transcoder

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Fit, nested_fit
@@ -66,7 +67,9 @@ class Matryoshka(BatchTopK):
         self._ends, self._weights = torch.tensor(config.prefix_ends()), weights / weights.sum()
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        code = self.encode(batch.input)
+        return self.loss_of(batch, self.encode(batch.input))
+
+    def loss_of(self, batch: TrainingBatch, code: SparseCode) -> Loss:
         pattern, ends, weights = code.pattern, *self._prefixes()
         group, sums, total = group_of(pattern, ends), self.b_dec - batch.target, torch.zeros_like(self.b_dec[0])
         mse = total
