@@ -10,6 +10,13 @@ from unweave.dictionaries.gated import Gated as Gated
 from unweave.dictionaries.group_max import GroupMax as GroupMax
 from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
 from unweave.dictionaries.inference import pursue as pursue
+from unweave.dictionaries.clt import CrossLayerTranscoder as CrossLayerTranscoder
+from unweave.dictionaries.crosscoder import BatchTopKCrosscoder as BatchTopKCrosscoder
+from unweave.dictionaries.crosscoder import Crosscoder as Crosscoder
+from unweave.dictionaries.crosscoder import ModelDiff as ModelDiff
+from unweave.dictionaries.crosscoder import TopKCrosscoder as TopKCrosscoder
+from unweave.dictionaries.crosscoder import model_diff as model_diff
+from unweave.dictionaries.crosscoder import relative_norms as relative_norms
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.matryoshka import MatryoshkaJumpReLU as MatryoshkaJumpReLU
@@ -23,4 +30,7 @@ from unweave.dictionaries.registry import names as names
 from unweave.dictionaries.registry import register as register
 from unweave.dictionaries.relu import ReLU as ReLU
 from unweave.dictionaries.switch import Switch as Switch
+from unweave.dictionaries.temporal import Temporal as Temporal
 from unweave.dictionaries.topk import TopK as TopK
+from unweave.dictionaries.transcoder import SkipTranscoder as SkipTranscoder
+from unweave.dictionaries.transcoder import Transcoder as Transcoder

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import DictionaryConfig
+from unweave.dictionaries._auxk import auxk_loss
+from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Fit, nested_fit
 from unweave.dictionaries._linear import Errors, LinearDictionary
 from unweave.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
@@ -88,6 +90,12 @@ class Nested(LinearDictionary):
     def errors(self, code: SparseCode, target: Tensor) -> Errors:
         pattern, (ends, weights) = code.pattern, self._prefixes()
         group, sums, total = group_of(pattern, ends), self.b_dec - target, torch.zeros_like(self.b_dec[0])
+    def loss(self, batch: TrainingBatch) -> Loss:
+        return self.loss_of(batch, self.encode(batch.input))
+
+    def loss_of(self, batch: TrainingBatch, code: SparseCode) -> Loss:
+        pattern, ends, weights = code.pattern, *self._prefixes()
+        group, sums, total = group_of(pattern, ends), self.b_dec - batch.target, torch.zeros_like(self.b_dec[0])
         mse = total
         for number, weight in enumerate(weights):
             sums = sums + sparse_decode(code.values * (group == number), self.W_dec, pattern)
