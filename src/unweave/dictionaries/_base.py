@@ -38,12 +38,15 @@ class TrainingBatch:
         input: ``(n, d_in)``. target: ``(n, d_out)``.
         dead: ``(n_features,)`` boolean, the features that have not fired for a while; None where nobody counts.
         progress: from 0 at the first step to 1 at the last.
+        side: ``(n, d_side)``, what the source gives beside input and target, in its own units (never scaled); None
+            where it gives nothing.
     """
 
     input: Tensor
     target: Tensor
     dead: Tensor | None = None
     progress: float = 1.0
+    side: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Dictionary(nn.Module):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     linear_decoder: ClassVar[bool] = True
     learns_by_gradient: ClassVar[bool] = True  # else the trainer hands its batches to ``absorb``
+    needs_side: ClassVar[bool] = False  # whether it can only be trained on rows with side inputs
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()
@@ -121,6 +125,9 @@ class Dictionary(nn.Module):
 
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         """Set what depends on data (biases, thresholds) from ``(n, d)`` sample rows, before the first step."""
+
+    def initialise_side(self, side: Tensor) -> None:
+        """After ``initialise``, where there are side inputs: set what depends on the ``(n, d_side)`` of the sample."""
 
     def before_step(self) -> None:
         """After the gradients, before the optimiser: project gradients."""

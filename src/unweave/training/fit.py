@@ -32,6 +32,7 @@ def fit(
     expansion: int = 8,
     k: int | None = None,
     target: Any = None,
+    side: Any = None,
     n_rows: int | None = None,
     epochs: float | None = None,
     folder: str | Path | None = None,
@@ -56,6 +57,7 @@ def fit(
         k: features per row to aim at, under whatever name the architecture has for it; when None, an eighth of d,
             at most 32.
         target: rows to predict instead of the input (a transcoder), as many as in ``data``.
+        side: ``(n, d_side)`` side inputs, for architectures that take some (g_sae: gradients), as many as rows.
         n_rows: rows to train on in all; when None, ``epochs`` passes over the data, or else one pass, but at least
             1,500 steps (300 passes, if those are fewer).
         folder: where to keep checkpoints, metrics and the dictionary; the same call goes on after a kill.
@@ -71,7 +73,7 @@ def fit(
         UnweaveError: for rows that are not ``(n, d)``, none at all, NaN or infinity among them, an unknown
             architecture or option, or ``k > n_features``.
     """
-    rows = rows_of(data, target, read_all=n_rows is None)
+    rows = rows_of(data, target, side, read_all=n_rows is None)
     trained = fit_rows(
         rows,
         arch,
