@@ -6,6 +6,7 @@ from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
+from unweave.dictionaries.g_sae import GSAE as GSAE
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.registry import build as build

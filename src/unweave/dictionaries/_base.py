@@ -232,3 +232,11 @@ class Dictionary(nn.Module):
             )
         dictionary.load_state_dict(tensors)
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
+
+
+def no_side(name: str) -> UnweaveError:
+    """What to say where a dictionary that ``needs_side`` is given none."""
+    return UnweaveError(
+        f"{name} is trained with side inputs and the data has none. From a model's text: collect the activations with "
+        "source.side=gradient. From arrays: unweave.fit(rows, side=gradients, ...)"
+    )

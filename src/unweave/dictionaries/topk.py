@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Backward, Step, auxk_backward
@@ -52,7 +53,9 @@ class TopK(LinearDictionary):
         return values if self.signed else F.relu(values)
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        code = self.encode(batch.input)
+        return self._loss_of(self.encode(batch.input), batch)
+
+    def _loss_of(self, code: SparseCode, batch: TrainingBatch) -> Loss:
         reconstruction = self.decode(code)
         residual = batch.target - reconstruction
         mse = residual.square().sum(1).mean()

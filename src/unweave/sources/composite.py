@@ -61,11 +61,6 @@ def find_sites(root: nn.Module, name: str) -> AnySite:
     return parts[0] if len(parts) == 1 else CompositeSite(parts)
 
 
-def is_composite(name: str | None) -> bool:
-    """Whether a name is that of a composite site, spelled out (the name of a source's site always is)."""
-    return name is not None and "+" in name
-
-
 def join_parts(site: AnySite, rows: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
     """``(n, d)`` rows of a site from the rows of its parts by name, or of those that ``keep`` says."""
     found = [rows[part.name] if keep is None else rows[part.name][keep] for part in site.parts]

@@ -12,6 +12,7 @@ from torch import Tensor
 from unweave.activations.ring import ShuffleRing
 from unweave.activations.stream import Chunk
 from unweave.dictionaries import Dictionary, Loss, TrainingBatch
+from unweave.dictionaries._base import no_side
 from unweave.errors import UnweaveError
 from unweave.kernels.calibration import pin, plan_for
 from unweave.kernels.workspace import Plan
@@ -226,13 +227,6 @@ class Trainer:
             self.dictionary.complete()
             self.dictionary.fold_scale(self.scale, self.target_scale)
         self.dictionary.eval()
-
-
-def no_side(name: str) -> UnweaveError:
-    return UnweaveError(
-        f"{name} is trained with side inputs and the data has none. From a model's text: collect the activations with "
-        "source.side=gradient. From arrays: unweave.fit(rows, side=gradients, ...)"
-    )
 
 
 def _inverse(rms: float, what: str) -> float:

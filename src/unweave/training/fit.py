@@ -114,6 +114,7 @@ def fit_rows(
         ours.setdefault("ring_rows", max(1, min(65_536, rows.n_rows)))
     config = TrainingConfig(n_rows=_total(n_rows, epochs, rows.n_rows, ours["batch_size"]), seed=seed, **ours)
     theirs = {**_sparsity(kind, k, rows.source.d_in, n_features, theirs), **theirs}
+    theirs = {**parts_option(kind, rows.source, theirs), **theirs}
     if rows.has_target and "subtract_bias" in kind.Config.model_fields:
         theirs.setdefault("subtract_bias", False)  # the decoder's bias lives in the space of the target
     with torch.random.fork_rng(devices=[]):
@@ -147,6 +148,21 @@ def _sparsity(
     if k is not None and field in options:
         raise UnweaveError(f"k={k} and {field}={options[field]!r} say the same thing twice: give one of them")
     return {field: k if k is not None else min(32, max(1, d_in // 8), n_features)}
+
+
+def parts_option(kind: type[Dictionary], source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """``n_parts`` for an architecture that has such an option: how many sites a source's rows are joined of.
+
+    Raises:
+        UnweaveError: when they are of different widths, so that a number does not say where each begins.
+    """
+    if "n_parts" not in kind.Config.model_fields or "n_parts" in options or "site" not in source.provenance:
+        return {}
+    parts = source.provenance.get("parts", [])
+    if len({part["width"] for part in parts}) > 1:
+        found = ", ".join(f"{part['site']} ({part['width']})" for part in parts)
+        raise UnweaveError(f"{kind.name!r} takes parts of one width, found {found}: choose sites of equal width")
+    return {"n_parts": max(1, len(parts))}
 
 
 def batch_size_for(n: int | None) -> int:
