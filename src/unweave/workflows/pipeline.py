@@ -303,8 +303,8 @@ def harvest_sites(
 ) -> dict[str, ActivationStore]:
     """Write a store for each of several sites from one pass of the model, in ``folder/SITE``.
 
-    In the folders' names a colon becomes ``-`` and a star ``all``. Each is the store that harvesting its site alone would make: train from any of them, continue it on its own, or
-    name more sites later and run only those.
+    In the folders' names a colon becomes ``-`` and a star ``all``. Each store is the one that harvesting its site alone
+    would make: train from any of them, continue it on its own, or name more sites later and run only those.
     """
     from unweave.activations import harvest
 
