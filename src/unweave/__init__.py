@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unweave.runs import Run as Run
     from unweave.runs import load as load
     from unweave.sources import ArraySource as ArraySource
+    from unweave.sources import JoinedSource as JoinedSource
     from unweave.sources import LanguageModel as LanguageModel
     from unweave.sources import ModuleSource as ModuleSource
     from unweave.sources import TextSource as TextSource
@@ -44,6 +45,7 @@ _HOME = {
     "ArraySource": "sources",
     "Dictionary": "dictionaries",
     "FeatureStore": "features",
+    "JoinedSource": "sources",
     "LanguageModel": "sources",
     "ModuleSource": "sources",
     "Run": "runs",

@@ -82,7 +82,7 @@ class Meta:
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Activation rows and the items they came from: ``{input, target, meta}``.
+    """Activation rows and the items they came from: ``{input, target, meta}``, and where asked for ``side``.
 
     A batch holds whole items. ``row_token[i]`` says which token of ``items`` row ``i`` belongs to; tokens without a
     row were left out (padding never appears; BOS, special and high-norm tokens when the source says so).
@@ -91,12 +91,15 @@ class ActivationBatch:
         input: ``(n, d_in)``.
         target: ``(n, d_out)``; the same tensor as ``input`` for an autoencoder.
         row_token: ``(n,)`` int64, rising.
+        side: ``(n, d_side)``, what else a dictionary may be trained with (such as a gradient); None where there is
+            nothing.
     """
 
     input: Tensor
     target: Tensor
     items: Items
     row_token: Tensor
+    side: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -109,13 +112,16 @@ class ActivationBatch:
         return Meta(self.items.document[item], position, self.items.tokens[self.row_token])
 
     @staticmethod
-    def of_rows(rows: Tensor, target: Tensor | None = None, first: int = 0) -> ActivationBatch:
+    def of_rows(
+        rows: Tensor, target: Tensor | None = None, first: int = 0, side: Tensor | None = None
+    ) -> ActivationBatch:
         """Rows without tokens, numbered from ``first``."""
         items = Items.of_rows(len(rows), first)
-        return ActivationBatch(rows, rows if target is None else target, items, torch.arange(len(rows)))
+        return ActivationBatch(rows, rows if target is None else target, items, torch.arange(len(rows)), side)
 
     def select(self, keep: Tensor) -> ActivationBatch:
         """Only the rows where the ``(n,)`` boolean mask is true; the items stay whole."""
         same = self.target is self.input
         chosen = self.input[keep]
-        return ActivationBatch(chosen, chosen if same else self.target[keep], self.items, self.row_token[keep])
+        target, side = chosen if same else self.target[keep], None if self.side is None else self.side[keep]
+        return ActivationBatch(chosen, target, self.items, self.row_token[keep], side)

@@ -27,6 +27,7 @@ def check_batch(batch: ActivationBatch, manifest: Manifest, n_items: int, n_batc
                 f"batch.{name}: expected {dtype_name(manifest.read_dtype)} rows, found {dtype_name(rows.dtype)}. Cast "
                 f"them, or make the store with their dtype: {_CONVERTS[manifest.dtype == 'int8']}"
             )
+    _check_side(batch, manifest)
     if batch.target is not batch.input and manifest.d_out is None:
         raise UnweaveError("the batch has a separate target, but the store was made without one (d_out=None)")
     tokens = batch.row_token
@@ -48,9 +49,17 @@ def check_batch(batch: ActivationBatch, manifest: Manifest, n_items: int, n_batc
     _check_finite(batch, n_items, n_batches)
 
 
+def _check_side(batch: ActivationBatch, manifest: Manifest) -> None:
+    expected = None if manifest.d_side is None else ((batch.n_rows, manifest.d_side), manifest.side_dtype)
+    found = None if batch.side is None else (tuple(batch.side.shape), dtype_name(batch.side.dtype))
+    if expected != found:
+        words = [f"{pair[1]} side inputs of shape {pair[0]}" if pair else "none" for pair in (expected, found)]
+        raise UnweaveError(f"batch.side: expected {words[0]}, found {words[1]}")
+
+
 def _check_finite(batch: ActivationBatch, n_items: int, n_batches: int) -> None:
-    for name, rows in (("input", batch.input), ("target", batch.target)):
-        if bool(torch.isfinite(rows.sum())):  # one cheap pass; look closer only when it overflows
+    for name, rows in (("input", batch.input), ("target", batch.target), ("side", batch.side)):
+        if rows is None or bool(torch.isfinite(rows.sum())):  # one cheap pass; look closer only when it overflows
             continue
         bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().cpu()
         if len(bad):

@@ -16,6 +16,7 @@ def describe(store: ActivationStore) -> list[tuple[str, str]]:
         ("state", "complete" if store.complete else "unfinished (run the same harvest again to go on)"),
         ("rows", f"{store.n_rows:,} of width {store.d_in}, {dtype_words(store)}"),
         ("target", f"width {store.d_out}, stored apart" if store.has_target else "the input itself"),
+        *([("side", f"width {store.d_side}, {store.manifest.side_dtype}")] if store.d_side else []),
         ("contexts", f"{store.n_items:,} in {store.n_batches:,} batches"),
         ("tokens", f"{store.n_tokens:,} ({per_item}; {store.n_tokens - store.n_rows:,} without a row)"),
         ("shards", f"{store.n_shards}, {size_words(store.bytes)}"),
@@ -40,4 +41,6 @@ def size_words(n: float) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return "; ".join(_words(v) for v in value)
     return str(value)

@@ -15,6 +15,8 @@ from unweave.errors import UnweaveError
 from unweave.files import read_json, write_json
 
 FORMAT = "unweave.activations/1"
+FORMAT_WITH_SIDE = "unweave.activations/2"  # the same, and side inputs: who knows only the first says so
+FORMATS = (FORMAT, FORMAT_WITH_SIDE)
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -43,15 +45,18 @@ class ShardEntry(Config):
 class Manifest(Config):
     """The whole of manifest.json. Totals must equal the sums over the shards.
 
-    ``dtype`` is what lies on disk. Rows are read as ``rows_dtype`` where that is set (int8), else as they lie.
+    ``dtype`` is what lies on disk. Rows are read as ``rows_dtype`` where that is set (int8), else as they lie. Side
+    inputs, where there are any, have a width and a dtype of their own; without them the file does not mention them.
     """
 
-    format: Literal["unweave.activations/1"] = FORMAT
+    format: Literal["unweave.activations/1", "unweave.activations/2"] = FORMAT
     provenance: dict[str, Any]
     d_in: PositiveInt
     d_out: PositiveInt | None
     dtype: Literal["bfloat16", "float16", "float32", "float64", "int8"]
     rows_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    d_side: PositiveInt | None = None
+    side_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     n_rows: NonNegativeInt = 0
     n_items: NonNegativeInt = 0
     n_tokens: NonNegativeInt = 0
@@ -72,12 +77,25 @@ class Manifest(Config):
                 raise ValueError(f"{name} is {getattr(self, name)}, but its shards add up to {total}")
         if (self.dtype == "int8") != (self.rows_dtype is not None):
             raise ValueError("rows_dtype says what int8 rows are read as, and goes with dtype int8 only")
+        if not ((self.d_side is None) == (self.side_dtype is None) == (self.format == FORMAT)):
+            raise ValueError(f"d_side and side_dtype go together, and with format {FORMAT_WITH_SIDE!r} only")
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if self.d_side is None:
+            del values["d_side"], values["side_dtype"]
+        return values
 
     @property
     def read_dtype(self) -> torch.dtype:
         """What rows are handed out as, and must be appended as."""
         return DTYPES[self.rows_dtype or self.dtype]
+
+    @property
+    def side_bytes(self) -> int:
+        """What the side inputs of one row take."""
+        return 0 if self.d_side is None or self.side_dtype is None else self.d_side * DTYPES[self.side_dtype].itemsize
 
     def with_shard(self, index: int, entry: ShardEntry, *, complete: bool) -> Manifest:
         """A copy with shard ``index`` added or replaced."""
@@ -128,7 +146,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise UnweaveError(f"no activation store in {folder}: expected {path.name} there. harvest() makes one")
     values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
+    if found not in FORMATS:
         raise UnweaveError(f"{path}: expected format {FORMAT!r}, found {found!r}; is it another kind of folder?")
     try:
         return Manifest.from_dict(values)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unweave.activations._int8 import dequantise, is_sound, quantise
-from unweave.activations._manifest import FORMAT, STORED, Manifest, ShardEntry
+from unweave.activations._manifest import DTYPES, STORED, Manifest, ShardEntry
 from unweave.batch import ActivationBatch, Items, Meta
 from unweave.errors import UnweaveError
 from unweave.files import sha256_file, write_tensors
@@ -37,7 +37,8 @@ class ShardBuilder:
             _copy(batch.items.document, torch.int64),
             _copy(batch.items.start, torch.int32),
         )
-        self.batches.append(ActivationBatch(inputs, target, items, _copy(batch.row_token, torch.int64)))
+        side = None if batch.side is None else _copy(batch.side)
+        self.batches.append(ActivationBatch(inputs, target, items, _copy(batch.row_token, torch.int64), side))
         self.n_rows += batch.n_rows
         self.n_items += len(items)
 
@@ -58,8 +59,10 @@ class ShardBuilder:
             "item_start": whole.items.start,
             "batch_items": sizes.cumsum(0),
         }
+        if whole.side is not None:
+            tensors["side"] = whole.side
         # One metadata key only: safetensors writes several in no fixed order, and bytes must not depend on luck.
-        write_tensors(folder / file, tensors, {"format": FORMAT})
+        write_tensors(folder / file, tensors, {"format": manifest.format})
         return ShardEntry(
             file=file,
             n_rows=whole.n_rows,
@@ -92,6 +95,7 @@ class ShardReader:
         self._check_header(handle, entry, manifest)
         self._input = _RowReader(handle, "input", manifest)
         self._target = None if manifest.d_out is None else _RowReader(handle, "target", manifest)
+        self._side = None if manifest.d_side is None else handle.get_slice("side")
         self.row_token: Tensor = handle.get_tensor("row_token")
         self.batch_items: Tensor = handle.get_tensor("batch_items")
         self.items = Items(*(handle.get_tensor(f) for f in ("tokens", "item_offsets", "item_document", "item_start")))
@@ -111,6 +115,8 @@ class ShardReader:
                 expected[name] = (dtype, [entry.n_rows, width])
                 if manifest.dtype == "int8":
                     expected |= {f"{name}.scale": ("F32", [entry.n_rows]), f"{name}.channel": ("F32", [width])}
+        if manifest.d_side is not None and manifest.side_dtype is not None:
+            expected["side"] = (_SAFETENSORS_NAMES[DTYPES[manifest.side_dtype]], [entry.n_rows, manifest.d_side])
         names: list[str] = handle.keys()
         slices = {name: handle.get_slice(name) for name in names}
         found = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
@@ -153,6 +159,10 @@ class ShardReader:
     def target(self, rows: slice | Tensor) -> Tensor:
         return (self._target or self._input).read(rows)
 
+    def side(self, rows: slice | Tensor) -> Tensor | None:
+        """``(n, d_side)``, or None where the store has no side inputs."""
+        return None if self._side is None else _read(self._side, rows)
+
     def item_of(self, rows: slice | Tensor) -> Tensor:
         """``(n,)`` int64, the item of each row, numbered within the shard."""
         # Not torch's: it calls up threads for the 256 rows of a block, and waits for them on a busy machine.
@@ -185,7 +195,9 @@ class ShardReader:
         target = inputs if self._target is None else self.target(rows).clone()
         items = self.items[which]
         items = Items(items.tokens.clone(), items.offsets, items.document.clone(), items.start.clone())
-        return ActivationBatch(inputs, target, items, self.row_token[rows] - self.items.offsets[which.start])
+        side = self.side(rows)
+        side = None if side is None else side.clone()
+        return ActivationBatch(inputs, target, items, self.row_token[rows] - self.items.offsets[which.start], side)
 
 
 class _RowReader:
@@ -199,13 +211,18 @@ class _RowReader:
             self._scales = handle.get_tensor(f"{name}.scale"), handle.get_tensor(f"{name}.channel")
 
     def read(self, rows: slice | Tensor) -> Tensor:
-        stored = self._slice[rows] if isinstance(rows, slice) else self._slice[:].index_select(0, rows)
+        stored = _read(self._slice, rows)
         if self._scales is None:
             return stored
         return dequantise(stored, self._scales[0][rows], self._scales[1], self._dtype)
 
     def is_sound(self) -> bool:
         return self._scales is None or is_sound(*self._scales)
+
+
+def _read(stored: Any, rows: slice | Tensor) -> Tensor:
+    """Rows of a tensor in a file: a view for a slice, a copy for an index tensor."""
+    return stored[rows] if isinstance(rows, slice) else stored[:].index_select(0, rows)
 
 
 class ShardPool:
@@ -241,7 +258,9 @@ def concatenate(batches: list[ActivationBatch]) -> ActivationBatch:
     for batch in batches:
         tokens.append(batch.row_token + base)
         base += batch.items.n_tokens
-    return ActivationBatch(inputs, target, Items.concatenate([b.items for b in batches]), torch.cat(tokens))
+    sides = [b.side for b in batches if b.side is not None]
+    side = torch.cat(sides) if len(sides) == len(batches) and sides else None
+    return ActivationBatch(inputs, target, Items.concatenate([b.items for b in batches]), torch.cat(tokens), side)
 
 
 def how_to_repair(path: Path) -> str:

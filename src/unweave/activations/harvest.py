@@ -165,6 +165,8 @@ class _Filling:
                 d_out,
                 self.dtype or batch.input.dtype,
                 rows_dtype=batch.input.dtype if self.dtype else None,
+                d_side=None if batch.side is None else batch.side.shape[1],
+                side_dtype=None if batch.side is None else batch.side.dtype,
                 shard_rows=self.shard_rows,
             )
         try:

@@ -71,6 +71,10 @@ class ShuffleRing:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """A batch: ``input (b, d_in)`` and ``target (b, d_out)`` in the stored dtype, the same tensor when tied."""
+        return self.draw()[:2]
+
+    def draw(self) -> Chunk:
+        """A batch with all that belongs to its rows: their documents, and their side inputs where there are any."""
         ring = self._ring or self._fill()
         if len(self) == 0:
             raise UnweaveError("the stream has ended and every row of the ring was given")
@@ -79,18 +83,15 @@ class ShuffleRing:
         self._drawn_documents = ring.document[slots]
         self._ages.append(float((self._n_drawn - self._entered[slots]).double().mean()))
         places = slots.to(self.device)
-        inputs = ring.input.index_select(0, places)
-        tied = ring.target is ring.input
-        target = inputs if tied else ring.target.index_select(0, places)
+        drawn = _taken(ring, places, self._drawn_documents)
         self._refill(ring, slots, places)
-        return inputs, target
+        return drawn
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int) -> Chunk:
         """Up to ``n`` rows spread evenly over those held, without drawing them: the next batches stay the same."""
         ring = self._ring or self._fill()
-        places = torch.linspace(0, len(self) - 1, min(n, len(self))).round().long().to(self.device)
-        inputs = ring.input.index_select(0, places)
-        return inputs, inputs if ring.target is ring.input else ring.target.index_select(0, places)
+        slots = torch.linspace(0, len(self) - 1, min(n, len(self))).round().long()
+        return _taken(ring, slots.to(self.device), ring.document[slots])
 
     def peek(self, n: int) -> tuple[Tensor, Tensor]:
         """Up to ``n`` of the rows held, evenly spaced, without drawing them (to initialise a dictionary from)."""
@@ -123,7 +124,7 @@ class ShuffleRing:
     def _held(self, rows: Chunk) -> Chunk:
         inputs = rows.input.to(self.device)
         target = inputs if rows.target is rows.input else rows.target.to(self.device)
-        return Chunk(inputs, target, rows.document)
+        return Chunk(inputs, target, rows.document, None if rows.side is None else rows.side.to(self.device))
 
     def _draw(self) -> Tensor:
         """``(b,)`` distinct slots, every set equally likely, in random order."""
@@ -145,6 +146,8 @@ class ShuffleRing:
             _overwrite(ring.input, places[n:m], part.input)
             if ring.target is not ring.input:
                 _overwrite(ring.target, places[n:m], part.target)
+            if ring.side is not None:
+                _overwrite(ring.side, places[n:m], part.side)
             ring.document[slots[n:m]] = part.document
             n = m
         self._entered[slots[:n]] = self._n_drawn
@@ -152,9 +155,7 @@ class ShuffleRing:
             keep = torch.ones(len(self), dtype=torch.bool)
             keep[slots[n:]] = False
             kept = keep.nonzero().flatten().to(self.device)
-            inputs = ring.input[kept]
-            target = inputs if ring.target is ring.input else ring.target[kept]
-            self._ring = Chunk(inputs, target, ring.document[keep])
+            self._ring = _taken(ring, kept, ring.document[keep])
             self._entered = self._entered[keep]
 
     def stats(self) -> dict[str, float | int | None]:
@@ -183,7 +184,8 @@ class ShuffleRing:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next batches depend on: tensors (copies of the rows held), and plain values.
 
-        ``target`` is absent when the target is the input. Before the first draw there are no rows yet.
+        ``target`` is absent when the target is the input, ``side`` without side inputs. Before the first draw there
+        are no rows yet.
         """
         state: dict[str, Any] = {
             "batch_size": self.batch_size,
@@ -199,6 +201,8 @@ class ShuffleRing:
             state["entered"] = self._entered.clone()
             if self._ring.target is not self._ring.input:
                 state["target"] = self._ring.target.cpu().clone()
+            if self._ring.side is not None:
+                state["side"] = self._ring.side.cpu().clone()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,12 +228,27 @@ class ShuffleRing:
                     f"ShuffleRing: the saved rows are {inputs.shape[1]} -> {target.shape[1]} wide, the stream's are "
                     f"{self.stream.d_in} -> {self.stream.d_out}"
                 )
-            self._ring = Chunk(inputs, target, state["document"].cpu().clone())
+            side = state["side"].to(self.device, copy=True) if "side" in state else None
+            d_side = None if side is None else side.shape[1]
+            if d_side != self.stream.d_side:
+                raise UnweaveError(
+                    f"ShuffleRing: the saved side inputs are {d_side or 0} wide, the stream's {self.stream.d_side or 0}"
+                )
+            self._ring = Chunk(inputs, target, state["document"].cpu().clone(), side)
             self._entered = state["entered"].cpu().clone()
 
 
-def _overwrite(held: Tensor, places: Tensor, new: Tensor) -> None:
+def _taken(rows: Chunk, places: Tensor, document: Tensor) -> Chunk:
+    """The rows at some places, copied; a tied target stays tied."""
+    inputs = rows.input.index_select(0, places)
+    target = inputs if rows.target is rows.input else rows.target.index_select(0, places)
+    return Chunk(inputs, target, document, None if rows.side is None else rows.side.index_select(0, places))
+
+
+def _overwrite(held: Tensor, places: Tensor, new: Tensor | None) -> None:
     """``held[places] = new``, in place."""
+    if new is None:
+        raise UnweaveError("ShuffleRing: the stream gave side inputs first and none now")
     if new.dtype != held.dtype:
         raise UnweaveError(f"ShuffleRing: the stream gave {held.dtype} rows first and {new.dtype} rows now")
     if held.device.type == "cpu":

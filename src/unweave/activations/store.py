@@ -15,6 +15,8 @@ from unweave.activations._checks import check_batch
 from unweave.activations._describe import describe, dtype_words, size_words
 from unweave.activations._manifest import (
     DTYPES,
+    FORMAT,
+    FORMAT_WITH_SIDE,
     Manifest,
     as_stored,
     default_shard_rows,
@@ -66,6 +68,8 @@ class ActivationStore:
         dtype: str | torch.dtype = "bfloat16",
         *,
         rows_dtype: str | torch.dtype | None = None,
+        d_side: int | None = None,
+        side_dtype: str | torch.dtype | None = None,
         shard_rows: int | None = None,
     ) -> ActivationStore:
         """A new, empty store.
@@ -78,6 +82,8 @@ class ActivationStore:
                 integers, with a scale for each row and, in each shard, for each channel, and are read back as
                 ``rows_dtype``. What is lost depends on the model; ``benchmarks/int8_store.py`` measures it.
             rows_dtype: of the rows given to and read from an int8 store: bfloat16 (default), float16 or float32.
+            d_side: width of the side inputs; None without any. side_dtype: of the side inputs, which int8 leaves as
+                they are; that of the rows when None.
             shard_rows: a shard is closed after the batch that brings it to this many rows (65,536, or fewer for
                 very wide rows).
         """
@@ -88,13 +94,18 @@ class ActivationStore:
             raise UnweaveError(f"{folder} holds shards but no manifest.json: delete them or choose another folder")
         name = dtype_name(dtype)
         rows_name = rows_dtype_name(name, rows_dtype)
+        side_name = None if d_side is None else dtype_name(side_dtype or rows_name or name)
         row_bytes = (d_in + (d_out or 0)) * DTYPES[rows_name or name].itemsize  # as a writer holds them
+        row_bytes += d_side * DTYPES[side_name].itemsize if d_side is not None and side_name in DTYPES else 0
         manifest = Manifest(
+            format=FORMAT if d_side is None else FORMAT_WITH_SIDE,
             provenance=plain_json(as_stored(provenance, name)),
             d_in=d_in,
             d_out=d_out,
             dtype=name,  # pyright: ignore[reportArgumentType]
             rows_dtype=rows_name,  # pyright: ignore[reportArgumentType]
+            d_side=d_side,
+            side_dtype=side_name,  # pyright: ignore[reportArgumentType]
             shard_rows=shard_rows or default_shard_rows(max(1, row_bytes)),
         )
         save_manifest(folder, manifest)
@@ -159,6 +170,16 @@ class ActivationStore:
         return self.manifest.d_out or self.manifest.d_in
 
     @property
+    def d_side(self) -> int | None:
+        """Width of the side inputs; None where there are none."""
+        return self.manifest.d_side
+
+    @property
+    def side_dtype(self) -> torch.dtype | None:
+        """Of the side inputs; None where there are none."""
+        return None if self.manifest.side_dtype is None else DTYPES[self.manifest.side_dtype]
+
+    @property
     def has_target(self) -> bool:
         """Whether targets are stored apart from the inputs."""
         return self.manifest.d_out is not None
@@ -181,6 +202,7 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         width = f"{self.d_in} -> {self.d_out}" if self.has_target else str(self.d_in)
+        width += f" (+ {self.d_side} side)" if self.d_side else ""
         state = "complete" if self.complete else "unfinished"
         pending = f" + {self.n_pending_rows:,} pending" if self.n_pending_rows else ""
         where = self.provenance.get("site")
@@ -302,6 +324,18 @@ class ActivationStore:
             out[there] = reader.target(here)
         return out
 
+    def sides(self, which: Rows) -> Tensor | None:
+        """``(n, d_side)`` side inputs, a copy; None where the store has none."""
+        if self.d_side is None:
+            return None
+        n, pieces = self._locate(which)
+        out = torch.empty(n, self.d_side, dtype=self.side_dtype)
+        for reader, here, there in pieces:
+            found = reader.side(here)
+            assert found is not None
+            out[there] = found
+        return out
+
     def meta(self, which: Rows) -> Meta:
         """Document, position and token of rows."""
         n, pieces = self._locate(which)
@@ -329,7 +363,7 @@ class ActivationStore:
         if n == 0:
             rows = torch.empty(0, self.d_in, dtype=self.dtype)
             target = torch.empty(0, self.d_out, dtype=self.dtype) if self.has_target else None
-            return ActivationBatch.of_rows(rows, target)
+            return ActivationBatch.of_rows(rows, target, side=self.sides(which))
         if not all(isinstance(here, slice) for _, here, _ in pieces):
             raise UnweaveError("a store is sliced in runs (step 1); for scattered rows use store.rows(indices)")
         return concatenate([reader.batch_of_rows(here) for reader, here, _ in pieces if isinstance(here, slice)])

@@ -29,6 +29,7 @@ class Chunk(NamedTuple):
     input: Tensor  # (n, d_in)
     target: Tensor  # (n, d_out)
     document: Tensor  # (n,) int64, on the CPU
+    side: Tensor | None = None  # (n, d_side); None when the data has no side inputs
 
 
 class _Group(NamedTuple):
@@ -72,6 +73,7 @@ class RowStream:
             raise UnweaveError(f"RowStream: expected block_rows of at least 1, found {block_rows}")
         self.data, self.seed, self.epochs_infinite, self.block_rows = data, seed, epochs_infinite, block_rows
         self.d_in, self.d_out = data.d_in, data.d_out
+        self.d_side: int | None = getattr(data, "d_side", None)
         self.n_rows: int | None = None  # rows in an epoch; None for a source, which does not say
         if isinstance(data, ActivationStore):
             self.n_rows = data.n_rows
@@ -151,8 +153,7 @@ class RowStream:
             rows, ends = group
             start = (ends[self._within - 1] if self._within else 0) + self._offset
             stop = min(start + missing, ends[-1])
-            part = Chunk(*(t[start:stop] for t in rows))
-            parts.append(part._replace(target=part.input) if rows.target is rows.input else part)
+            parts.append(_cut(rows, slice(start, stop)))
             missing -= stop - start
             within = bisect_right(ends, stop)
             self._piece += within - self._within
@@ -174,7 +175,7 @@ class RowStream:
     def _groups_from(self, epoch: int, skip: int) -> Iterator[_Group]:
         if not isinstance(self.data, ActivationStore):
             batches = self.data.batches(skip=skip)
-            return map(_alone, (Chunk(b.input, b.target, b.meta.document.cpu()) for b in batches))
+            return map(_alone, (Chunk(b.input, b.target, b.meta.document.cpu(), b.side) for b in batches))
         order = self._block_order(epoch)[skip:]
         if not self._read_ahead or not len(order):
             return map(_alone, self._blocks.pieces(order))
@@ -195,9 +196,12 @@ class RowStream:
         return table[torch.randperm(len(table), generator=generator)]
 
     def _no_rows(self) -> Chunk:
-        dtype = self.data.dtype if isinstance(self.data, ActivationStore) else None
+        dtype, side_dtype = None, None
+        if isinstance(self.data, ActivationStore):
+            dtype, side_dtype = self.data.dtype, self.data.side_dtype
         inputs, target = torch.empty(0, self.d_in, dtype=dtype), torch.empty(0, self.d_out, dtype=dtype)
-        return Chunk(inputs, target, torch.empty(0, dtype=torch.long))
+        side = None if self.d_side is None else torch.empty(0, self.d_side, dtype=side_dtype)
+        return Chunk(inputs, target, torch.empty(0, dtype=torch.long), side)
 
     def permuted_same_document_rate(self) -> float | None:
         """The same-document rate of a full permutation of the data; None for a source, which cannot tell."""
@@ -244,12 +248,13 @@ class _Blocks:
             for shard, first, stop in some.tolist():
                 reader, rows = self._pool.get(self._manifest.shards[shard], self._manifest), slice(first, stop)
                 inputs = reader.input(rows)
-                yield Chunk(inputs, inputs if tied else reader.target(rows), reader.document(rows))
+                target = inputs if tied else reader.target(rows)
+                yield Chunk(inputs, target, reader.document(rows), reader.side(rows))
 
     def groups(self, order: Tensor, block_rows: int) -> Iterator[_Group]:
         """The same blocks copied into memory, some at a time: to hand over each by itself would cost more than it."""
         manifest = self._manifest
-        row_bytes = (manifest.d_in + (manifest.d_out or 0)) * manifest.read_dtype.itemsize
+        row_bytes = (manifest.d_in + (manifest.d_out or 0)) * manifest.read_dtype.itemsize + manifest.side_bytes
         n_blocks = max(1, min(_GROUP_ROWS, _GROUP_BYTES // row_bytes) // block_rows)
         pieces = self.pieces(order)
         while some := list(islice(pieces, n_blocks)):
@@ -257,7 +262,9 @@ class _Blocks:
             tied = some[0].target is some[0].input
             target = inputs if tied else _joined([piece.target for piece in some])
             document = _joined([piece.document for piece in some])
-            yield _Group(Chunk(inputs, target, document), list(accumulate(len(piece.document) for piece in some)))
+            sides = [piece.side for piece in some if piece.side is not None]
+            chunk = Chunk(inputs, target, document, _joined(sides) if sides else None)
+            yield _Group(chunk, list(accumulate(len(piece.document) for piece in some)))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -269,9 +276,17 @@ def _alone(piece: Chunk) -> _Group:
     return _Group(piece, [len(piece.document)])
 
 
+def _cut(rows: Chunk, at: slice) -> Chunk:
+    """Some of the rows, as views."""
+    inputs = rows.input[at]
+    target = inputs if rows.target is rows.input else rows.target[at]
+    return Chunk(inputs, target, rows.document[at], None if rows.side is None else rows.side[at])
+
+
 def join(parts: list[Chunk]) -> Chunk:
     """Chunks as one, copied (also a single one); tied targets stay tied."""
     inputs = torch.cat([p.input for p in parts])
     tied = all(p.target is p.input for p in parts)
     target = inputs if tied else torch.cat([p.target for p in parts])
-    return Chunk(inputs, target, torch.cat([p.document for p in parts]))
+    sides = [p.side for p in parts if p.side is not None]
+    return Chunk(inputs, target, torch.cat([p.document for p in parts]), torch.cat(sides) if sides else None)

@@ -17,6 +17,7 @@ from unweave.dictionaries.crosscoder import ModelDiff as ModelDiff
 from unweave.dictionaries.crosscoder import TopKCrosscoder as TopKCrosscoder
 from unweave.dictionaries.crosscoder import model_diff as model_diff
 from unweave.dictionaries.crosscoder import relative_norms as relative_norms
+from unweave.dictionaries.g_sae import GSAE as GSAE
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.matryoshka import MatryoshkaJumpReLU as MatryoshkaJumpReLU

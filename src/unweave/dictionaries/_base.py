@@ -38,12 +38,15 @@ class TrainingBatch:
         input: ``(n, d_in)``. target: ``(n, d_out)``.
         dead: ``(n_features,)`` boolean, the features that have not fired for a while; None where nobody counts.
         progress: from 0 at the first step to 1 at the last.
+        side: ``(n, d_side)``, what the source gives beside input and target, in its own units (never scaled); None
+            where it gives nothing.
     """
 
     input: Tensor
     target: Tensor
     dead: Tensor | None = None
     progress: float = 1.0
+    side: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Dictionary(nn.Module):
     homogeneous: ClassVar[bool] = False
     scaled_codes: ClassVar[bool] = True
     bfloat16: ClassVar[bool] = False
+    learns_by_gradient: ClassVar[bool] = True  # else the trainer hands its batches to ``absorb``
+    needs_side: ClassVar[bool] = False  # whether it can only be trained on rows with side inputs
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()
@@ -148,6 +153,9 @@ class Dictionary(nn.Module):
 
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         """Set what depends on data (biases, thresholds) from ``(n, d)`` sample rows, before the first step."""
+
+    def initialise_side(self, side: Tensor) -> None:
+        """After ``initialise``, where there are side inputs: set what depends on the ``(n, d_side)`` of the sample."""
 
     def before_step(self) -> None:
         """After the gradients, before the optimiser: project gradients."""
@@ -252,3 +260,11 @@ class Dictionary(nn.Module):
             )
         dictionary.load_state_dict(tensors)
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
+
+
+def no_side(name: str) -> UnweaveError:
+    """What to say where a dictionary that ``needs_side`` is given none."""
+    return UnweaveError(
+        f"{name} is trained with side inputs and the data has none. From a model's text: collect the activations with "
+        "source.side=gradient. From arrays: unweave.fit(rows, side=gradients, ...)"
+    )

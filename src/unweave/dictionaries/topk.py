@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Backward, Step, auxk_backward
@@ -55,6 +56,10 @@ class TopK(LinearDictionary):
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
         trained, mse, reconstruction = self.errors(code, batch.target)
+        return self._loss_of(self.encode(batch.input), batch)
+
+    def _loss_of(self, code: SparseCode, batch: TrainingBatch) -> Loss:
+        reconstruction = self.decode(code)
         residual = batch.target - reconstruction
         auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux, signed=self.signed)
         total = trained + self.config.auxk_coefficient * auxk

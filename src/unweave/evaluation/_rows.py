@@ -72,7 +72,8 @@ def cut(batch: ActivationBatch, n: int) -> tuple[ActivationBatch, ActivationBatc
     def part(rows: slice, kept: slice, shift: int) -> ActivationBatch:
         chosen = batch.input[rows]
         target = chosen if batch.target is batch.input else batch.target[rows]
-        return ActivationBatch(chosen, target, items[kept], batch.row_token[rows] - shift)
+        side = None if batch.side is None else batch.side[rows]
+        return ActivationBatch(chosen, target, items[kept], batch.row_token[rows] - shift, side)
 
     return part(slice(0, row), slice(0, last), 0), part(slice(row, None), slice(last, None), token)
 

@@ -22,6 +22,8 @@ from unweave.metrics import FiringSums, GroupedSums, Groups, ReconstructionSums
 
 _SCORES = 1 << 26  # (rows, n_features) scores made at a time: 256 MB as float32
 _COUNTS = 1 << 25  # (groups, n_features) firing counts kept: 128 MB
+_PARTS = (("site", "parts"), ("target_site", "target_parts"))
+_NO_SPLICE = "{} is several sites of the model, and what is spliced into one changes the others"
 _BASELINE_METRICS = ("fvu", "cosine", "ce_loss_recovered", "ce_loss_recovered_mean", "kl", "ce_spliced")
 
 
@@ -43,7 +45,8 @@ def evaluate(
     """Measure a dictionary on rows it was not trained on.
 
     Reconstruction (fvu, cosine, l2_ratio, relative_bias) and firing (l0, dead_share, dense_share) need rows only.
-    The loss metrics (ce_*, kl) splice the reconstruction into the language model the rows came from.
+    The loss metrics (ce_*, kl) splice the reconstruction into the language model the rows came from; for a composite
+    site they are left out.
 
     Args:
         dictionary: put in eval mode for the while.
@@ -72,7 +75,9 @@ def evaluate(
     site, target_site = provenance.get("site"), provenance.get("target_site") or provenance.get("site")
     check_widths(dictionary, source.d_in, source.d_out or source.d_in, site)
     model = model if model is not None else getattr(source, "model", None)
-    has_loss = n_loss_tokens > 0 and hasattr(model, "site") and site is not None
+    wanted = n_loss_tokens > 0 and hasattr(model, "site") and site is not None
+    joined = next((str(provenance[s]) for s, parts in _PARTS if parts in provenance), None)
+    has_loss = wanted and joined is None
     if not force:
         check_provenance(trained_on or {}, provenance)
         if has_loss:
@@ -105,7 +110,8 @@ def evaluate(
             return Evaluation(
                 _estimates(found, n_bootstrap, seed),
                 {name: _estimates(sums, n_bootstrap, seed, _BASELINE_METRICS) for name, sums in compared.items()},
-                _data(provenance, rows, loss, l0 if rivals else None, n_bootstrap, seed),
+                _data(provenance, rows, loss, l0 if rivals else None, n_bootstrap, seed)
+                | ({"loss_left_out": _NO_SPLICE.format(joined)} if wanted and joined else {}),
             )
     finally:
         dictionary.train(was_training)

@@ -29,20 +29,24 @@ def open_source(
     model: LanguageModel,
     documents: Documents,
     split: Literal["train", "held_out", "all"] = "train",
+    with_side: bool = True,
 ) -> TextSource:
+    """The recipe's source; without its side inputs for what only reads activations."""
     from unweave.sources import TextSource
 
     source = recipe.source
-    return TextSource(
-        model, documents, source.site, target_site=source.target_site, split=split, **_source_options(recipe)
-    )
+    options = {**_source_options(recipe), "split": split, "side": source.side if with_side else None}
+    return TextSource(model, documents, source.site, target_site=source.target_site, **options)
 
 
 def open_sites(recipe: Recipe, model: LanguageModel, documents: Documents, sites: Sequence[str]) -> TextSites:
     """The recipe's source at several sites instead of its own."""
     from unweave.sources import TextSites
 
-    return TextSites(model, documents, sites, target_site=recipe.source.target_site, **_source_options(recipe))
+    source = recipe.source
+    return TextSites(
+        model, documents, sites, target_site=source.target_site, side=source.side, **_source_options(recipe)
+    )
 
 
 def _source_options(recipe: Recipe) -> dict[str, Any]:

@@ -36,7 +36,10 @@ class SourceRecipe(Config):
 
     Attributes:
         site: such as ``layers.12`` (the residual stream after block 12); ``unweave inspect MODEL`` lists them.
+            Several joined into one row: ``layers.6+layers.12``, ``layers.2..6``, ``layers.*.mlp``.
         target_site: what to reconstruct, when it is not the site itself (a transcoder).
+        side: ``gradient`` also collects the gradient of the model's loss by what is reconstructed, for architectures
+            that are trained with it (g_sae).
         tokens: activation rows to collect.
         stream: make activations on the fly, without a store on disk.
         dtype: how the store keeps the rows: as the model computed them (None), or as ``int8``, half of bfloat16.
@@ -44,6 +47,7 @@ class SourceRecipe(Config):
 
     site: str
     target_site: str | None = None
+    side: Literal["gradient"] | None = None
     tokens: PositiveInt = 1_000_000
     context_size: PositiveInt = 128
     batch_tokens: PositiveInt = 2048
@@ -160,7 +164,11 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
     made_with = dict(store.provenance.get("recipe", {}))
     if not made_with:
         raise UnweaveError(f"{folder} was not made by `unweave harvest`: train from it with unweave.fit(store)")
-    made_with["source"] = {**made_with["source"], "dtype": "int8" if store.manifest.dtype == "int8" else None}
+    made_with["source"] = {
+        "side": None,
+        **made_with["source"],
+        "dtype": "int8" if store.manifest.dtype == "int8" else None,
+    }
     for group, theirs in made_with.items():
         for key, ours in _with_whole_paths(values).get(group, {}).items():
             if key in theirs and key != "device" and ours != theirs[key]:

@@ -13,8 +13,8 @@ class Source(ABC):
     """Where activations come from: something that yields the same batches whoever asks.
 
     Rows are on the CPU, in the dtype they were computed in. ``d_in`` is the width of ``batch.input``, ``d_out`` of
-    ``batch.target``; ``provenance`` says, in JSON-able values, everything the rows depend on, so two sources with
-    equal provenance yield equal rows.
+    ``batch.target``, ``d_side`` of ``batch.side``; ``provenance`` says, in JSON-able values, everything the rows
+    depend on, so two sources with equal provenance yield equal rows.
     """
 
     @property
@@ -26,6 +26,11 @@ class Source(ABC):
     @abstractmethod
     def d_out(self) -> int:
         """Width of the target rows."""
+
+    @property
+    def d_side(self) -> int | None:
+        """Width of the side inputs; None for a source without any."""
+        return None
 
     @property
     @abstractmethod

@@ -24,6 +24,7 @@ class ArraySource(Source):
         array: ``(n, d)`` array or tensor (a numpy memmap is read piece by piece), a list of such, or a function
             without arguments that returns an iterator of such, afresh at each call.
         target: the same kind of thing with as many rows, or None where the target is the input.
+        side: likewise, side inputs for dictionaries that take some, or None.
         batch_rows: rows per batch. name: what the data is, for provenance.
 
     float16, bfloat16 and float32 rows keep their dtype, all others become float32.
@@ -33,24 +34,29 @@ class ArraySource(Source):
             data gives no row.
     """
 
-    def __init__(self, array: Rows, target: Rows = None, *, batch_rows: int = 4096, name: str = "array") -> None:
+    def __init__(
+        self, array: Rows, target: Rows = None, *, side: Rows = None, batch_rows: int = 4096, name: str = "array"
+    ) -> None:
         if batch_rows < 1:
             raise UnweaveError(f"batch_rows must be at least 1, found {batch_rows}")
         self._input = _opener(array, "array")
         self._target = None if target is None else _opener(target, "target")
+        self._side = None if side is None else _opener(side, "side")
         self.batch_rows, self.name = batch_rows, name
         self._first = self._first_rows()
-        if all(_is_rows(part) for part in (array, target) if part is not None) and target is not None:
-            _same_rows(len(array), len(target))
+        for what, other in (("target", target), ("side", side)):
+            if other is not None and _is_rows(array) and _is_rows(other):
+                _same_rows(len(array), len(other), what)
 
-    def _first_rows(self) -> tuple[Tensor, Tensor]:
+    def _first_rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
         first = next(_cut(self._input(), self.batch_rows), None)
         if first is None:
             raise UnweaveError("the array holds no row: expected shape (n, d) with n > 0")
-        if self._target is None:
-            return first, first
-        target = next(_cut(self._target(), self.batch_rows), None)
-        return first, first[:0] if target is None else target
+        target, side = (
+            None if opened is None else next(_cut(opened(), self.batch_rows), first[:0])
+            for opened in (self._target, self._side)
+        )
+        return first, first if target is None else target, side
 
     @property
     def d_in(self) -> int:
@@ -61,10 +67,14 @@ class ArraySource(Source):
         return self._first[1].shape[1]
 
     @property
+    def d_side(self) -> int | None:
+        return None if self._first[2] is None else self._first[2].shape[1]
+
+    @property
     def provenance(self) -> dict[str, Any]:
-        rows, target = self._first
+        rows, target, side = self._first
         digest = hashlib.sha256()
-        for tensor in (rows, target) if self._target is not None else (rows,):
+        for tensor in (rows, *((target,) if self._target is not None else ()), *((side,) if side is not None else ())):
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return {
@@ -75,24 +85,28 @@ class ArraySource(Source):
         }
 
     def __repr__(self) -> str:
-        return f"ArraySource({self.name}: d_in {self.d_in}, d_out {self.d_out})"
+        side = f", d_side {self.d_side}" if self.d_side else ""
+        return f"ArraySource({self.name}: d_in {self.d_in}, d_out {self.d_out}{side})"
 
     def batches(self, skip: int = 0) -> Iterator[ActivationBatch]:
-        targets = None if self._target is None else _cut(self._target(), self.batch_rows)
+        opened = {"target": (self._target, self.d_out), "side": (self._side, self.d_side)}
+        beside = {what: (_cut(o(), self.batch_rows), width) for what, (o, width) in opened.items() if o is not None}
         first = 0
         for number, rows in enumerate(_cut(self._input(), self.batch_rows)):
-            target = None
-            if targets is not None:
-                target = next(targets, None)
-                _same_rows(first + len(rows), first + (0 if target is None else len(target)))
+            found: dict[str, Tensor] = {}
+            for what, (pieces, _) in beside.items():
+                piece = next(pieces, rows[:0])
+                _same_rows(first + len(rows), first + len(piece), what)
+                found[what] = piece
             if number >= skip:
                 _check_finite(rows, first, self.d_in, "array")
-                if target is not None:
-                    _check_finite(target, first, self.d_out, "target")
-                yield ActivationBatch.of_rows(rows, target, first)
+                for what, piece in found.items():
+                    _check_finite(piece, first, beside[what][1] or 0, what)
+                yield ActivationBatch.of_rows(rows, found.get("target"), first, found.get("side"))
             first += len(rows)
-        if targets is not None and (extra := next(targets, None)) is not None:
-            _same_rows(first, first + len(extra))
+        for what, (pieces, _) in beside.items():
+            if (extra := next(pieces, None)) is not None:
+                _same_rows(first, first + len(extra), what)
 
 
 def _is_rows(array: Any) -> bool:
@@ -165,9 +179,9 @@ def _to_tensor(part: Any) -> Tensor:
     return part if part.dtype in (torch.float16, torch.bfloat16, torch.float32) else part.float()
 
 
-def _same_rows(n: int, n_target: int) -> None:
-    if n != n_target:
-        raise UnweaveError(f"array and target must have equally many rows, found {n:,} and {n_target:,}")
+def _same_rows(n: int, n_other: int, what: str) -> None:
+    if n != n_other:
+        raise UnweaveError(f"array and {what} must have equally many rows, found {n:,} and {n_other:,}")
 
 
 def _check_finite(rows: Tensor, first: int, width: int, what: str) -> None:

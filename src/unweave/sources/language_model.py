@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unweave.errors import UnweaveError
 from unweave.sources import _loading
 from unweave.sources._token_bytes import token_bytes
+from unweave.sources.composite import AnySite, find_sites
 from unweave.sources.sites import Site, capture, find_blocks, find_site, list_sites
 
 _FINAL_NORM_NAMES = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "ln_out")
@@ -112,11 +113,22 @@ class LanguageModel:
         """
         return name if isinstance(name, Site) else find_site(self.model, name)
 
-    def width(self, site: str | Site) -> int:
+    def composite(self, name: str) -> AnySite:
+        """The site called ``name``, or several joined: ``layers.6+layers.12``, ``layers.*.mlp``, ``layers.2..6``.
+
+        Raises:
+            UnweaveError: for an unknown name, or a pattern that matches nothing.
+        """
+        return find_sites(self.model, name)
+
+    def width(self, site: str | AnySite) -> int:
         """The width d of the vectors at a site, found by running one token to it."""
-        site = self.site(site)
-        token = torch.zeros(1, 1, dtype=torch.long)
-        return int(self.run_to(site, token)[site.name].shape[-1])
+        return sum(self.widths(self.composite(site) if isinstance(site, str) else site))
+
+    def widths(self, site: AnySite) -> list[int]:
+        """The width of each part of a site."""
+        found = self.run_to(site.parts, torch.zeros(1, 1, dtype=torch.long))
+        return [int(found[part.name].shape[-1]) for part in site.parts]
 
     def run_to(
         self, sites: str | Site | Sequence[str | Site], tokens: Tensor, attention_mask: Tensor | None = None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unweave.batch import ActivationBatch, Items
 from unweave.errors import UnweaveError
 from unweave.sources._base import Source
-from unweave.sources.sites import capture, find_site
+from unweave.sources.composite import CompositeSite, find_sites, join_parts, parts_facts
+from unweave.sources.sites import capture
 
 
 class ModuleSource(Source):
@@ -25,7 +26,8 @@ class ModuleSource(Source):
     Args:
         module: put in eval mode. inputs: batches, each a tensor, a tuple of arguments or a dict of keyword arguments; a
             list or DataLoader that gives the same batches at each pass, or a function that returns an iterator.
-        site: a module path (or ``layers.N...``, see :mod:`unweave.sources.sites`). target_site: likewise, for targets.
+        site: a module path (or ``layers.N...``, see :mod:`unweave.sources.sites`), or several joined by a plus (see
+            :mod:`unweave.sources.composite`). target_site: likewise, for targets.
         channel_dim: the dimension of a row's coordinates in the site's tensor: -1, or 1 for feature maps (b, c, h, w).
         name: what the model and its inputs are, for provenance.
 
@@ -50,8 +52,9 @@ class ModuleSource(Source):
             )
         self.module, self.name, self.channel_dim = module.eval(), name, channel_dim
         self._open: Callable[[], Iterable[Any]] = inputs if callable(inputs) else lambda: inputs
-        self.site = find_site(module, site)
-        self.target_site = self.site if target_site is None else find_site(module, target_site)
+        self.site = find_sites(module, site)
+        self.target_site = self.site if target_site is None else find_sites(module, target_site)
+        self._widths: dict[str, int] = {}  # of the parts, known once a batch was run
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._facts: dict[str, Any] | None = None
 
@@ -84,11 +87,17 @@ class ModuleSource(Source):
     @property
     def provenance(self) -> dict[str, Any]:
         facts = self._first_batch()
+        parts = {
+            key: parts_facts([part.name for part in site.parts], [self._widths[part.name] for part in site.parts])
+            for key, site in (("parts", self.site), ("target_parts", self.target_site))
+            if isinstance(site, CompositeSite)
+        }
         return {
             "kind": "module",
             "model": {"name": self.name, "class": type(self.module).__name__},
             "site": self.site.name,
             "target_site": self.target_site.name,
+            **parts,
             "channel_dim": self.channel_dim,
             "dtype": facts["dtype"],
             "data": {"sha256_of_first_batch": facts["sha256"]},
@@ -99,34 +108,37 @@ class ModuleSource(Source):
 
     def batches(self, skip: int = 0) -> Iterator[ActivationBatch]:
         same = self.target_site.name == self.site.name
-        sites = [self.site] if same else [self.site, self.target_site]
+        sites = [*self.site.parts, *(() if same else self.target_site.parts)]
         first = 0
         for number, given in enumerate(self._open()):
             args, kwargs = _arguments(given, self._device)
             n = _n_examples(args, kwargs)
             if number >= skip:
                 found = capture(sites, lambda args=args, kwargs=kwargs: self.module(*args, **kwargs))
-                rows, per_example = self._rows(found[self.site.name], n, self.site.name)
-                target = rows if same else self._rows(found[self.target_site.name], n, self.target_site.name)[0]
-                if len(target) != len(rows):
-                    raise UnweaveError(
-                        f"sites {self.site.name!r} and {self.target_site.name!r} give {len(rows)} and {len(target)} "
-                        "rows: input and target must have one row for each position"
-                    )
-                items = _items(n, per_example, first)
+                read = {name: self._rows(tensor, n, name) for name, tensor in found.items()}
+                self._widths = {name: rows.shape[1] for name, rows in read.items()}
+                n_rows = len(read[sites[0].name])
+                for name, other in read.items():
+                    if len(other) != n_rows:
+                        raise UnweaveError(
+                            f"sites {sites[0].name!r} and {name!r} give {n_rows} and {len(other)} rows: all must have "
+                            "one row for each position"
+                        )
+                rows = join_parts(self.site, read)
+                target = rows if same else join_parts(self.target_site, read)
+                items = _items(n, len(rows) // n, first)
                 yield ActivationBatch(rows, target, items, torch.arange(len(rows)))
             first += n
 
-    def _rows(self, tensor: Tensor, n: int, name: str) -> tuple[Tensor, int]:
-        """``(n * positions, d)`` rows on the CPU, and the positions of one example."""
+    def _rows(self, tensor: Tensor, n: int, name: str) -> Tensor:
+        """``(n * positions, d)`` rows on the CPU."""
         if tensor.ndim < 2 or tensor.shape[0] != n or not -tensor.ndim <= self.channel_dim < tensor.ndim:
             raise UnweaveError(
                 f"site {name!r}: expected a tensor (examples, ..., d) of {n} examples with channel_dim "
                 f"{self.channel_dim}, found shape {tuple(tensor.shape)}"
             )
         rows = tensor.movedim(self.channel_dim, -1)
-        rows = rows.reshape(-1, rows.shape[-1]).cpu()
-        return rows, len(rows) // n
+        return rows.reshape(-1, rows.shape[-1]).cpu()
 
 
 def _arguments(given: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

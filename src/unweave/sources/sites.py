@@ -7,6 +7,8 @@
     layers.N.attn.heads    the concatenated heads, before the output projection
     any.module.path        the output of that module; with ":input" behind it, its input
 
+Several joined are a composite site, such as ``layers.6+layers.12`` (see :mod:`unweave.sources.composite`).
+
 The blocks and their parts are found by role, not by a list of model classes.
 """
 
@@ -44,6 +46,11 @@ class Site:
     module_path: str
     side: Literal["input", "output"]
     words: str
+
+    @property
+    def parts(self) -> tuple[Site, ...]:
+        """This site alone, as a composite site has several."""
+        return (self,)
 
     def describe(self) -> str:
         """What this tensor is, for people."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from unweave.batch import ActivationBatch, Items
 from unweave.errors import NoText, UnweaveError, near_names
 from unweave.sources._base import Source
-from unweave.sources._contexts import Plan, Split, pad, to_items
+from unweave.sources._contexts import Plan, Split, to_items
+from unweave.sources._running import run_items, run_with_gradients
+from unweave.sources.composite import AnySite, CompositeSite, join_parts, parts_facts
 from unweave.sources.documents import Documents
 from unweave.sources.language_model import LanguageModel
 from unweave.sources.sites import Site
@@ -26,12 +28,21 @@ class TextSource(Source):
     special tokens (BOS among them) are left out, and so are rows of abnormally high norm (attention sinks), whose
     norm exceeds ``max_norm_ratio`` times the median norm in the first batch. The items of a batch keep all tokens.
 
+    A composite site (``layers.6+layers.12``, ``layers.2..6``, ``layers.*.mlp``) gives the rows of its parts, from one
+    forward pass, concatenated in the order written. Which rows are left out its first part decides for all.
+
+    With ``side="gradient"`` each row brings the gradient of the model's next-token cross-entropy, summed over all
+    tokens of its context but the first, by the activation that the dictionary reconstructs: the one at ``target_site``
+    (or the site), in the unmodified forward pass. This takes the whole model forward and from there back. The last
+    token of a context predicts nothing, so its gradient at the residual stream is 0.
+
     A row's ``position`` counts the tokens of its document from 0, BOS not counted: an item that starts with BOS has
     ``start`` one below its first real token (so -1 for the first item of a document).
 
     Args:
         model: the language model. documents: what it reads; a list of texts works too. site: where rows are taken.
         target_site: where targets are taken (transcoders); None for the site itself.
+        side: "gradient" for the gradient of the model's loss beside each row, or None.
         context_size: tokens per context, BOS included. batch_tokens: tokens per forward pass, padding included.
         bos: put BOS before each context; "auto" if the tokenizer has it.
         keep_special: keep the rows of BOS and other special tokens, whatever their norm.
@@ -54,6 +65,7 @@ class TextSource(Source):
         site: str,
         *,
         target_site: str | None = None,
+        side: str | None = None,
         context_size: int = 128,
         batch_tokens: int = 2048,
         bos: bool | str = "auto",
@@ -66,8 +78,9 @@ class TextSource(Source):
         if not isinstance(documents, Documents):
             documents = Documents.from_texts(documents)
         self.model, self.documents = model, documents
-        self.site = model.site(site)
-        self.target_site = self.site if target_site is None else model.site(target_site)
+        self.site = model.composite(site)
+        self.target_site = self.site if target_site is None else model.composite(target_site)
+        self.side = side
         self.keep_special, self.max_norm_ratio = keep_special, max_norm_ratio
         self.plan = Plan(
             documents=documents,
@@ -81,7 +94,7 @@ class TextSource(Source):
         )
         self._check()
         self.dropped = {"special": 0, "high_norm": 0}
-        self._widths: tuple[int, int] | None = None
+        self._widths: dict[str, list[int]] = {}
         self._references: dict[str, float] | None = None
 
     def _check(self) -> None:
@@ -101,31 +114,44 @@ class TextSource(Source):
             raise UnweaveError("batch_tokens and max_tokens must be at least 1")
         if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
             raise UnweaveError(f"max_norm_ratio must be above 1 (or None), found {self.max_norm_ratio}")
+        if self.side not in (None, "gradient"):
+            raise UnweaveError(f"side: expected 'gradient' or None, found {self.side!r}")
+        if self.side and self.model.dtype == torch.float16:
+            raise UnweaveError("gradients in float16 underflow: load the model in bfloat16 or float32")
 
     # ---- what a source says about itself --------------------------------------------------------------------------
 
     @property
     def d_in(self) -> int:
-        return self._width_pair()[0]
+        return sum(self._part_widths(self.site))
 
     @property
     def d_out(self) -> int:
-        return self._width_pair()[1]
+        return sum(self._part_widths(self.target_site))
 
-    def _width_pair(self) -> tuple[int, int]:
-        if self._widths is None:
-            self._widths = (self.model.width(self.site), self.model.width(self.target_site))
-        return self._widths
+    @property
+    def d_side(self) -> int | None:
+        return self.d_out if self.side else None
+
+    def _part_widths(self, site: AnySite) -> list[int]:
+        if site.name not in self._widths:
+            self._widths[site.name] = self.model.widths(site)
+        return self._widths[site.name]
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What the rows depend on. Runs the model on the first batch once, for the reference norms."""
         plan = self.plan
+        beside: dict[str, Any] = {"side": self.side} if self.side else {}
+        for key, site in (("parts", self.site), ("target_parts", self.target_site)):
+            if isinstance(site, CompositeSite):
+                beside[key] = parts_facts([part.name for part in site.parts], self._part_widths(site))
         return {
             "kind": "text",
             "model": self.model.provenance,
             "site": self.site.name,
             "target_site": self.target_site.name,
+            **beside,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "context_size": plan.context_size,
             "batch_tokens": plan.batch_tokens,
@@ -148,7 +174,7 @@ class TextSource(Source):
     def reference_norms(
         self, first_items: Items | None = None, first_rows: Mapping[str, Tensor] | None = None
     ) -> dict[str, float]:
-        """The median row norm at each site in the first batch; empty when no norm is too high.
+        """The median row norm in the first batch at the sites that are measured; empty when no norm is too high.
 
         Always taken from batch 0, wherever one resumes, and rounded to two digits, so that the last bits of another
         machine's arithmetic do not change which rows are kept. Who has run the model on batch 0 already may give its
@@ -158,11 +184,11 @@ class TextSource(Source):
             return {}
         if self._references is None:
             items = self.first_items() if first_items is None else first_items
-            rows = run_items(self.model, self.sites, items) if first_rows is None else first_rows
+            rows = run_items(self.model, self.measured, items) if first_rows is None else first_rows
             special = self._special(items.tokens)
             use = ~special if bool((~special).any()) else torch.ones_like(special)
             self._references = {
-                site.name: float(f"{float(_norms(rows[site.name][use]).median()):.2g}") for site in self.sites
+                site.name: float(f"{float(_norms(rows[site.name][use]).median()):.2g}") for site in self.measured
             }
         return self._references
 
@@ -174,19 +200,24 @@ class TextSource(Source):
     def batches(self, skip: int = 0) -> Iterator[ActivationBatch]:
         self.forget_dropped()
         for items in self.planned(skip):
-            yield self.batch(items, run_items(self.model, self.sites, items))
+            yield self.batch(items, *run_with_gradients(self.model, self.sites, self.gradient_sites, items))
 
-    def batch(self, items: Items, rows: Mapping[str, Tensor]) -> ActivationBatch:
-        """The batch of some items, from the activations ``(n_tokens, d)`` of all their tokens at :attr:`sites`."""
+    def batch(
+        self, items: Items, rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None
+    ) -> ActivationBatch:
+        """The batch of some items, from the activations ``(n_tokens, d)`` of all their tokens at :attr:`sites`.
+
+        ``gradients`` likewise at :attr:`gradient_sites`, where there are any.
+        """
         special = self._special(items.tokens)
         high = self._too_high(rows, len(special)) & ~special
         keep = ~high if self.keep_special else ~(high | special)
         self.dropped["high_norm"] += int(high.sum())
         self.dropped["special"] += 0 if self.keep_special else int(special.sum())
-        inputs = rows[self.site.name][keep]
-        same = self.target_site.name == self.site.name
-        targets = inputs if same else rows[self.target_site.name][keep]
-        return ActivationBatch(inputs, targets, items, keep.nonzero().squeeze(1))
+        inputs = join_parts(self.site, rows, keep)
+        targets = inputs if self._tied else join_parts(self.target_site, rows, keep)
+        side = join_parts(self.target_site, gradients, keep) if self.side and gradients is not None else None
+        return ActivationBatch(inputs, targets, items, keep.nonzero().squeeze(1), side)
 
     def forget_dropped(self) -> None:
         """Begin a pass: count the rows left out from 0."""
@@ -194,8 +225,22 @@ class TextSource(Source):
 
     @property
     def sites(self) -> list[Site]:
-        """The site, and the target's if that is another."""
-        return [self.site] if self.target_site.name == self.site.name else [self.site, self.target_site]
+        """The parts of the site, and those of the target's that are others."""
+        return list({part.name: part for site in (self.site, self.target_site) for part in site.parts}.values())
+
+    @property
+    def measured(self) -> list[Site]:
+        """The sites by whose norms rows are left out: the first part of the site, and of the target's if another."""
+        return [site.parts[0] for site in ([self.site] if self._tied else [self.site, self.target_site])]
+
+    @property
+    def gradient_sites(self) -> list[Site]:
+        """The parts whose gradients become side inputs."""
+        return list(self.target_site.parts) if self.side else []
+
+    @property
+    def _tied(self) -> bool:
+        return self.target_site.name == self.site.name
 
     def first_items(self) -> Items:
         """The items of batch 0."""
@@ -227,13 +272,6 @@ class TextSource(Source):
             assert self.max_norm_ratio is not None
             high |= _norms(rows[name]) > self.max_norm_ratio * median  # NaN rows stay: harvest names them
         return high
-
-
-def run_items(model: LanguageModel, sites: Sequence[Site], items: Items) -> dict[str, Tensor]:
-    """``(n_tokens, d)`` activations of every token of the items, by site, on the CPU."""
-    tokens, mask = pad(items)
-    found = model.run_to(sites, tokens, None if bool(mask.all()) else mask.long())
-    return {name: rows[mask.to(rows.device)].cpu() for name, rows in found.items()}
 
 
 def _norms(rows: Tensor) -> Tensor:

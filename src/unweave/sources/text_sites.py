@@ -8,9 +8,11 @@ from typing import Any
 from unweave.batch import ActivationBatch
 from unweave.errors import UnweaveError
 from unweave.sources._base import SourceGroup
+from unweave.sources._running import run_items, run_with_gradients
 from unweave.sources.documents import Documents
 from unweave.sources.language_model import LanguageModel
-from unweave.sources.text import TextSource, run_items
+from unweave.sources.sites import Site
+from unweave.sources.text import TextSource
 
 
 class TextSites(SourceGroup):
@@ -47,7 +49,7 @@ class TextSites(SourceGroup):
         missing = [source for source in sources if source.needs_references]
         if missing:
             items = sources[0].first_items()
-            rows = run_items(self.model, [source.site for source in missing], items)
+            rows = run_items(self.model, _all([source.measured for source in missing]), items)
             for source in missing:
                 source.reference_norms(items, rows)
         return self._sources
@@ -61,7 +63,13 @@ class TextSites(SourceGroup):
         wanted = {name: source for name, source in self.sources.items() if names is None or name in names}
         for source in wanted.values():
             source.forget_dropped()
-        sites = [source.site for source in wanted.values()]
+        sites = _all([source.sites for source in wanted.values()])
+        written = _all([source.gradient_sites for source in wanted.values()])
         for items in next(iter(wanted.values())).planned(skip) if wanted else ():
-            rows = run_items(self.model, sites, items)
-            yield {name: source.batch(items, rows) for name, source in wanted.items()}
+            rows, gradients = run_with_gradients(self.model, sites, written, items)
+            yield {name: source.batch(items, rows, gradients) for name, source in wanted.items()}
+
+
+def _all(groups: list[list[Site]]) -> list[Site]:
+    """The sites of all groups, each once."""
+    return list({site.name: site for group in groups for site in group}.values())

@@ -31,7 +31,7 @@ class Rows:
     has_target: bool
 
 
-def rows_of(data: Any, target: Any = None, *, read_all: bool = True) -> Rows:
+def rows_of(data: Any, target: Any = None, side: Any = None, *, read_all: bool = True) -> Rows:
     """Rows from whatever the user has.
 
     Args:
@@ -43,17 +43,22 @@ def rows_of(data: Any, target: Any = None, *, read_all: bool = True) -> Rows:
     if hasattr(data, "batches") and hasattr(data, "d_in"):
         if target is not None:
             raise UnweaveError(f"a {type(data).__name__} brings its own target: leave target out")
+        if side is not None:
+            raise UnweaveError(f"a {type(data).__name__} brings its own side inputs: leave side out")
         n_rows = getattr(data, "n_rows", None)
         if n_rows == 0:
             raise UnweaveError(f"expected at least one row, found none in {data!r}")
         return Rows(data, n_rows, _separate_target(data))
     if _is_array(data) or isinstance(data, list | tuple):
-        x = _chunks(data, "data")
-        return _in_memory(x, None if target is None else _chunks(target, "target"))
+        others = {"target": target, "side": side}
+        beside = {what: _chunks(rows, what) for what, rows in others.items() if rows is not None}
+        return _in_memory(_chunks(data, "data"), **beside)
     if callable(data):
-        return Rows(ArraySource(data, target), None, target is not None)
+        return Rows(ArraySource(data, target, side=side), None, target is not None)
     if target is not None:
         raise UnweaveError("target does not go with an iterator: let the iterator yield (rows, target) pairs")
+    if side is not None:
+        raise UnweaveError("side does not go with an iterator: give arrays, or a function that returns an iterator")
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise UnweaveError(f"expected {_ROW_KINDS}, found {type(data).__name__}")
     pairs = (_pair(item, i) for i, item in enumerate(data))
@@ -75,11 +80,11 @@ def _separate_target(source: Any) -> bool:
     return source.d_in != source.d_out or (first is not None and first.target is not first.input)
 
 
-def _in_memory(inputs: list[Any], targets: list[Any] | None) -> Rows:
+def _in_memory(inputs: list[Any], target: list[Any] | None = None, side: list[Any] | None = None) -> Rows:
     n = sum(len(x) for x in inputs)
     if n == 0:
         raise UnweaveError("expected at least one row, found none")
-    for what, arrays in (("data", inputs), ("target", targets or [])):
+    for what, arrays in (("data", inputs), ("target", target or []), ("side", side or [])):
         for i, array in enumerate(arrays):
             if array.shape[1] != arrays[0].shape[1]:
                 raise UnweaveError(
@@ -89,11 +94,12 @@ def _in_memory(inputs: list[Any], targets: list[Any] | None) -> Rows:
         for array in arrays:
             _check_finite(array, first, what)
             first += len(array)
-    n_target = sum(len(y) for y in targets) if targets is not None else n
-    if n_target != n:
-        raise UnweaveError(f"expected a target for each of the {n:,} rows, found {n_target:,}")
-    inputs = [x for x in inputs if len(x)]
-    return Rows(ArraySource(inputs, targets and [y for y in targets if len(y)]), n, targets is not None)
+    for what, arrays in (("a target", target), ("side inputs", side)):
+        n_found = sum(len(y) for y in arrays) if arrays is not None else n
+        if n_found != n:
+            raise UnweaveError(f"expected {what} for each of the {n:,} rows, found {n_found:,}")
+    full = [arrays and [part for part in arrays if len(part)] for arrays in (inputs, target, side)]
+    return Rows(ArraySource(full[0], full[1], side=full[2]), n, target is not None)
 
 
 def _check_finite(array: Any, first: int, what: str) -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from unweave.activations.ring import ShuffleRing
+from unweave.activations.stream import Chunk
 from unweave.dictionaries import Dictionary, Loss, TrainingBatch
+from unweave.dictionaries._base import no_side
 from unweave.errors import UnweaveError
 from unweave.kernels.calibration import pin, plan_for
 from unweave.kernels.workspace import Plan
@@ -18,6 +20,7 @@ from unweave.training._steps import Diverged, make_step
 from unweave.training._window import Window
 from unweave.training.config import TrainingConfig
 
+Prepared = tuple[Tensor, Tensor, Tensor | None]  # input, target, side
 _SAMPLE_ROWS = 8192  # rows from which the scale and the dictionary's starting point are worked out
 
 
@@ -65,11 +68,13 @@ class Trainer:
 
     def start(self) -> None:
         """Measure the scale on the ring's first rows and let the dictionary set what depends on data."""
-        rows, target_rows = self.ring.sample(_SAMPLE_ROWS)
-        same = target_rows is rows
-        x = rows.to(self.device).float()
-        target = x if same else target_rows.to(self.device).float()
+        sample = self.ring.sample(_SAMPLE_ROWS)
+        same = sample.target is sample.input
+        x = sample.input.to(self.device).float()
+        target = x if same else sample.target.to(self.device).float()
         self._check_widths(x, target)
+        if self.dictionary.needs_side and sample.side is None:
+            raise no_side(self.dictionary.name)
         norms = x.double().norm(dim=1)
         rms = float(norms.square().mean().sqrt())
         self.input_norms = {"rms": rms, "median": float(norms.median()), "largest": float(norms.max())}
@@ -82,6 +87,8 @@ class Trainer:
         target = x if same else target * (self.target_scale or 1.0)
         self.dictionary.train()
         self.dictionary.initialise(x, target)
+        if sample.side is not None:
+            self.dictionary.initialise_side(sample.side.to(self.device).float())
 
     def _check_widths(self, x: Tensor, target: Tensor) -> None:
         expected, found = (self.dictionary.d_in, self.dictionary.d_out), (x.shape[1], target.shape[1])
@@ -103,9 +110,9 @@ class Trainer:
         Raises:
             UnweaveError: when the loss or a gradient is not finite; the weights are then those before the step.
         """
-        x, target = self._rows()
+        x, target, side = self._rows()
         lr = self.lr * self.config.lr_factor(self.step)
-        batch = TrainingBatch(x, target, self.silent > self.config.dead_rows, self.progress)
+        batch = TrainingBatch(x, target, self.silent > self.config.dead_rows, self.progress, side)
         try:
             loss, values = self.stepper.run(batch, lr, self.progress)
         except Diverged as error:
@@ -118,15 +125,18 @@ class Trainer:
             self.window.add_rows(target, self._reconstruction(loss, x))
         self.step += 1
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        return self._prepared(*self.ring.next())
+    def _rows(self) -> Prepared:
+        return self._prepared(self.ring.draw())
 
-    def _prepared(self, rows: Tensor, target_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows as the dictionary is trained on them: float32, on its device, scaled."""
-        x = rows.to(self.device, torch.float32, non_blocking=True) * self.scale
-        if target_rows is rows:
-            return x, x
-        return x, target_rows.to(self.device, torch.float32, non_blocking=True) * (self.target_scale or 1.0)
+    def _prepared(self, rows: Chunk) -> Prepared:
+        """Rows as the dictionary is trained on them: float32, on its device, scaled (but for side inputs)."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, torch.float32, non_blocking=True)
+
+        x = moved(rows.input) * self.scale
+        target = x if rows.target is rows.input else moved(rows.target) * (self.target_scale or 1.0)
+        return x, target, None if rows.side is None else moved(rows.side)
 
     def _count(self, loss: Loss, values: dict[str, float]) -> Tensor:
         """In how many rows each feature fired; their mean per row joins the values."""

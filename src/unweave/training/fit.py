@@ -32,6 +32,7 @@ def fit(
     expansion: int = 8,
     k: int | None = None,
     target: Any = None,
+    side: Any = None,
     n_rows: int | None = None,
     epochs: float | None = None,
     folder: str | Path | None = None,
@@ -56,6 +57,7 @@ def fit(
         k: features per row to aim at, under whatever name the architecture has for it; when None, an eighth of d,
             at most 32.
         target: rows to predict instead of the input (a transcoder), as many as in ``data``.
+        side: ``(n, d_side)`` side inputs, for architectures that take some (g_sae: gradients), as many as rows.
         n_rows: rows to train on in all; when None, ``epochs`` passes over the data, or else one pass, but at least
             1,500 steps (300 passes, if those are fewer).
         folder: where to keep checkpoints, metrics and the dictionary; the same call goes on after a kill.
@@ -71,7 +73,7 @@ def fit(
         UnweaveError: for rows that are not ``(n, d)``, none at all, NaN or infinity among them, an unknown
             architecture or option, or ``k > n_features``.
     """
-    rows = rows_of(data, target, read_all=n_rows is None)
+    rows = rows_of(data, target, side, read_all=n_rows is None)
     trained = fit_rows(
         rows,
         arch,
@@ -112,6 +114,7 @@ def fit_rows(
         ours.setdefault("ring_rows", max(1, min(65_536, rows.n_rows)))
     config = TrainingConfig(n_rows=_total(n_rows, epochs, rows.n_rows, ours["batch_size"]), seed=seed, **ours)
     theirs = {**_sparsity(kind, k, rows.source.d_in, n_features, theirs), **theirs}
+    theirs = {**parts_option(kind, rows.source, theirs), **theirs}
     if rows.has_target and "subtract_bias" in kind.Config.model_fields:
         theirs.setdefault("subtract_bias", False)  # the decoder's bias lives in the space of the target
     with torch.random.fork_rng(devices=[]):
@@ -145,6 +148,21 @@ def _sparsity(
     if k is not None and field in options:
         raise UnweaveError(f"k={k} and {field}={options[field]!r} say the same thing twice: give one of them")
     return {field: k if k is not None else min(32, max(1, d_in // 8), n_features)}
+
+
+def parts_option(kind: type[Dictionary], source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """``n_parts`` for an architecture that has such an option: how many sites a source's rows are joined of.
+
+    Raises:
+        UnweaveError: when they are of different widths, so that a number does not say where each begins.
+    """
+    if "n_parts" not in kind.Config.model_fields or "n_parts" in options or "site" not in source.provenance:
+        return {}
+    parts = source.provenance.get("parts", [])
+    if len({part["width"] for part in parts}) > 1:
+        found = ", ".join(f"{part['site']} ({part['width']})" for part in parts)
+        raise UnweaveError(f"{kind.name!r} takes parts of one width, found {found}: choose sites of equal width")
+    return {"n_parts": max(1, len(parts))}
 
 
 def batch_size_for(n: int | None) -> int:

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unweave.activations.ring import ShuffleRing
-from unweave.activations.stream import RowStream
+from unweave.activations.stream import Chunk, RowStream
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.files import only_writer
 from unweave.kernels.joint import JointProduct, JointWorkspace
 from unweave.progress import track
 from unweave.training._steps import ClosedFormStep
-from unweave.training._trainer import Trainer
+from unweave.training._trainer import Prepared, Trainer
 from unweave.training.config import TrainingConfig
 from unweave.training.loop import (
     Checkpoints,
@@ -113,17 +112,17 @@ class _SharedRing:
         self.ring = ring
         self.sample, self.stats = ring.sample, ring.stats
         self._drawn_for: int | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None
-        self._prepared: dict[tuple[float, float | None], tuple[Tensor, Tensor]] = {}
+        self._batch: Chunk | None = None
+        self._prepared: dict[tuple[float, float | None], Prepared] = {}
 
-    def rows(self, trainer: _MemberTrainer) -> tuple[Tensor, Tensor]:
+    def rows(self, trainer: _MemberTrainer) -> Prepared:
         """The batch of the trainer's step, prepared once for all members with the same scale."""
         if self._batch is None or self._drawn_for != trainer.step:
-            self._batch, self._drawn_for = self.ring.next(), trainer.step
+            self._batch, self._drawn_for = self.ring.draw(), trainer.step
             self._prepared.clear()
         key = (trainer.scale, trainer.target_scale)
         if key not in self._prepared:
-            self._prepared[key] = trainer._prepared(*self._batch)
+            self._prepared[key] = trainer._prepared(self._batch)
         return self._prepared[key]
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,7 +144,7 @@ class _MemberTrainer(Trainer):
         super().start()
         self._rng = torch.get_rng_state()  # a dictionary may draw some for its starting point
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
+    def _rows(self) -> Prepared:
         return self.shared.rows(self)
 
     def advance(self) -> None:

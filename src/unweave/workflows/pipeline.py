@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from unweave.runs.provenance import environment, now, update_provenance
 from unweave.runs.recipe import EvaluationRecipe, IndexRecipe, Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from unweave.activations import ActivationStore
     from unweave.dictionaries import Dictionary, DictionaryConfig
     from unweave.evaluation import Evaluation
@@ -198,7 +200,7 @@ class Pipeline:
             return Evaluation.load(path)
         settings = settings or self.recipe.evaluation or EvaluationRecipe()
         started = time.monotonic()
-        held_out = open_source(self.recipe, self.model, self.documents, split="held_out")
+        held_out = open_source(self.recipe, self.model, self.documents, split="held_out", with_side=False)
         evaluation = evaluate(
             self.dictionary,
             held_out,
@@ -210,6 +212,8 @@ class Pipeline:
             fit=self.store,
             trained_on=read_json(self.folder / "provenance.json").get("source"),
         )
+        if (reason := evaluation.data.get("loss_left_out")) is not None:
+            self.say(f"note: the loss metrics are left out: {reason}")
         evaluation.save(path)
         self._timed("evaluate", started)
         return evaluation
@@ -229,7 +233,7 @@ class Pipeline:
             self.dictionary,
             first_rows(origin.batches(), n_rows),
             token_bytes=self.model.token_bytes(),
-            unembed=self.model.unembed if self.writes_to_residual else None,
+            unembed=self._unembed(origin.provenance),
             config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
             n_rows=n_rows,
             provenance=origin.provenance,
@@ -237,11 +241,22 @@ class Pipeline:
         self._timed("index", started, rows=n_rows)
         return features
 
-    @property
-    def writes_to_residual(self) -> bool:
-        """Whether atoms live in the residual stream, so that the output head can read them."""
-        site = self.recipe.source.target_site or self.recipe.source.site
-        return site in self.model.sites() and not site.endswith(".heads")
+    def _unembed(self, provenance: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+        """What atoms do to the logits, where they live in the residual stream, so that the output head can read them.
+
+        Of a composite site the last part that does is read.
+        """
+        found, end = None, 0
+        written = provenance["target_site"]
+        parts = provenance.get("target_parts" if written != provenance["site"] else "parts")
+        for part in parts or [{"site": written, "width": self.dictionary.d_out}]:
+            start, end = end, end + part["width"]
+            if part["site"] in self.model.sites() and not part["site"].endswith(".heads"):
+                found = slice(start, end)
+        if found is None:
+            return None
+        columns = found
+        return lambda directions: self.model.unembed(directions[:, columns])
 
 
 def first_rows(batches: Iterable[ActivationBatch], n_rows: int) -> Iterator[ActivationBatch]:
@@ -269,22 +284,27 @@ def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> D
         UnweaveError: for an unknown architecture, or options that make no sense.
     """
     from unweave.dictionaries import get
+    from unweave.dictionaries._base import no_side
+    from unweave.training.fit import parts_option
 
     wanted = recipe.dictionary
-    options = dict(wanted.options)
+    kind, options = get(wanted.arch), dict(wanted.options)
+    if kind.needs_side and recipe.source.side is None:
+        raise no_side(kind.name)
     if recipe.source.target_site:
         options.setdefault("subtract_bias", False)
+    options |= parts_option(kind, origin, options)
     widths = {"d_in": origin.d_in, "d_out": origin.d_out, "n_features": wanted.width(origin.d_in)}
-    return get(wanted.arch).Config(**widths, **options)
+    return kind.Config(**widths, **options)
 
 
 def harvest_sites(
     recipe: Recipe, sites: Sequence[str], folder: str | Path, say: Say = print
 ) -> dict[str, ActivationStore]:
-    """Write a store for each of several sites from one pass of the model, in ``folder/SITE`` (a colon becomes ``-``).
+    """Write a store for each of several sites from one pass of the model, in ``folder/SITE``.
 
-    Each is the store that harvesting its site alone would make: train from any of them, continue it on its own, or
-    name more sites later and run only those.
+    In the folders' names a colon becomes ``-`` and a star ``all``. Each store is the one that harvesting its site alone
+    would make: train from any of them, continue it on its own, or name more sites later and run only those.
     """
     from unweave.activations import harvest
 
@@ -303,7 +323,7 @@ def harvest_sites(
     _check_space(folder, needed)
     return harvest(
         group,
-        {site: folder / site.replace(":", "-") for site in sites},
+        {site: folder / site.replace(":", "-").replace("*", "all") for site in sites},
         n_rows=recipe.source.tokens,
         dtype=recipe.source.dtype,
         provenance_extra={site: {"recipe": _source_of(made)} for site, made in recipes.items()},
@@ -324,7 +344,8 @@ def _fill_store(recipe: Recipe, source: TextSource, folder: Path, say: Say) -> A
 def _row_bytes(recipe: Recipe, source: TextSource) -> int:
     """About what a row takes on disk, with its place, its token and (int8) its scale."""
     width = source.d_in + (source.d_out if recipe.source.target_site else 0)
-    return width * (1 if recipe.source.dtype == "int8" else 4 if recipe.model.dtype == "float32" else 2) + 16
+    plain = 4 if recipe.model.dtype == "float32" else 2
+    return width * (1 if recipe.source.dtype == "int8" else plain) + (source.d_side or 0) * plain + 16
 
 
 def _source_of(recipe: Recipe) -> dict[str, Any]:
@@ -332,6 +353,8 @@ def _source_of(recipe: Recipe) -> dict[str, Any]:
     values = recipe.to_dict()
     for name in ("tokens", "stream", "dtype"):  # how many rows, and how they are kept: the store itself says it
         values["source"].pop(name)
+    if values["source"]["side"] is None:
+        del values["source"]["side"]  # as in the stores made before there were side inputs
     return {key: values[key] for key in ("model", "data", "source")}
 
 
