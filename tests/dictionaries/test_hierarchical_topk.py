@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.dictionaries.toys import graded
 from torch import Tensor
 
 import unweave.training
-from tests.dictionaries.toys import graded
 from unweave.codes import SparseCode
 from unweave.dictionaries import HierarchicalTopK, TrainingBatch, build
 from unweave.dictionaries.hierarchical_topk import ranked, ranks
@@ -71,8 +71,8 @@ def test_one_dictionary_serves_every_budget_below_k(seed: int) -> None:
     assert all(a < b - 0.03 for a, b in zip(ours[:4], plain[:4]))
 
 
-# Over seeds 0 to 2 at 500 steps, FVU of k = 4 and of four times as many: Multi-TopK 0.19 and 0.17 to 0.18, TopK 0.19 and
-# 0.32 to 0.33.
+# Over seeds 0 to 2 at 500 steps, FVU of k = 4 and of four times as many: Multi-TopK 0.19 and 0.17 to 0.18, TopK 0.19
+# and 0.32 to 0.33.
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_multi_topk_bears_four_times_as_many_features(seed: int) -> None:
     rows = graded(seed, n=6000)

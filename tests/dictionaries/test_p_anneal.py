@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.dictionaries.toys import planted
 from torch import Tensor
 
 import unweave.training
-from tests.dictionaries.toys import planted
 from unweave.dictionaries import PAnneal, TrainingBatch, build
 from unweave.dictionaries._anneal import _SMALL, _power
 from unweave.metrics import fvu

@@ -6,10 +6,6 @@ from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
-from unweave.dictionaries.gated import Gated as Gated
-from unweave.dictionaries.group_max import GroupMax as GroupMax
-from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
-from unweave.dictionaries.inference import pursue as pursue
 from unweave.dictionaries.clt import CrossLayerTranscoder as CrossLayerTranscoder
 from unweave.dictionaries.crosscoder import BatchTopKCrosscoder as BatchTopKCrosscoder
 from unweave.dictionaries.crosscoder import Crosscoder as Crosscoder
@@ -18,6 +14,10 @@ from unweave.dictionaries.crosscoder import TopKCrosscoder as TopKCrosscoder
 from unweave.dictionaries.crosscoder import model_diff as model_diff
 from unweave.dictionaries.crosscoder import relative_norms as relative_norms
 from unweave.dictionaries.g_sae import GSAE as GSAE
+from unweave.dictionaries.gated import Gated as Gated
+from unweave.dictionaries.group_max import GroupMax as GroupMax
+from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
+from unweave.dictionaries.inference import pursue as pursue
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.matryoshka import MatryoshkaJumpReLU as MatryoshkaJumpReLU

@@ -75,6 +75,7 @@ class Dictionary(nn.Module):
         betas: of Adam.
         linear_decoder: claims that ``decode(code)`` is ``code @ decoder_directions()`` plus a constant.
         learns_by_gradient: whether ``loss`` is differentiated; else the trainer hands its batches to ``absorb``.
+        needs_side: whether it can only be trained on rows with side inputs.
         ordered_features: claims that features are not interchangeable (nested prefixes, groups, experts): with its
             features in another order the dictionary may do something else. Else parameters and buffers are permuted
             along every dimension of size n_features, and codes are permuted likewise.
@@ -96,8 +97,7 @@ class Dictionary(nn.Module):
     homogeneous: ClassVar[bool] = False
     scaled_codes: ClassVar[bool] = True
     bfloat16: ClassVar[bool] = False
-    learns_by_gradient: ClassVar[bool] = True  # else the trainer hands its batches to ``absorb``
-    needs_side: ClassVar[bool] = False  # whether it can only be trained on rows with side inputs
+    needs_side: ClassVar[bool] = False
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ class GSAE(TopK):
     def loss(self, batch: TrainingBatch) -> Loss:
         if batch.side is None and self.config.beta > 0:
             raise no_side(self.name)
-        return self._loss_of(self.encode(batch.input, batch.side), batch)
+        return self.loss_of(batch, self.encode(batch.input, batch.side))
 
     def _check_side(self, side: Tensor, n: int) -> Tensor:
         if tuple(side.shape) != (n, self.d_out):

@@ -85,7 +85,6 @@ class JumpReLU(LinearDictionary):
     """
 
     Config = JumpReLUConfig
-    citation = "Rajamanoharan et al. 2024, Jumping ahead, arXiv:2407.14435"
     good_for = "the best reconstruction at a chosen L0 in long runs; a threshold for every feature"
     citation = (
         "Rajamanoharan et al. 2024, Jumping ahead, arXiv:2407.14435; tanh: Anthropic, circuits updates January 2025"

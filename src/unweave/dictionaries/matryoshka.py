@@ -10,8 +10,6 @@ from torch import Tensor
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import DictionaryConfig
-from unweave.dictionaries._auxk import auxk_loss
-from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Fit, nested_fit
 from unweave.dictionaries._linear import Errors, LinearDictionary
 from unweave.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
@@ -69,19 +67,8 @@ class NestedConfig(DictionaryConfig):
 class Nested(LinearDictionary):
     """In front of an architecture: its squared error becomes ``sum_g w_g ||x - (z[:m_g] W_dec[:m_g] + b_dec)||^2``."""
 
-    Prefix g holds the first m_g features. A general feature that a prefix needs cannot be split up among the special
-    ones behind it.
-    """
-
-    Config = MatryoshkaConfig
-    citation = (
-        "Bussmann et al. 2025, Learning multi-level features with Matryoshka sparse autoencoders, arXiv:2503.17547"
-    )
-    good_for = "features at several levels of detail; less absorption of general features by special ones"
     ordered_features = True
 
-    def __init__(self, config: MatryoshkaConfig) -> None:
-        super().__init__(config)
     def __init__(self, config: NestedConfig) -> None:
         super().__init__(config)  # pyright: ignore[reportArgumentType]
         weights = torch.tensor(config.group_weights or [1.0] * len(config.group_fractions), dtype=torch.float64)
@@ -90,12 +77,6 @@ class Nested(LinearDictionary):
     def errors(self, code: SparseCode, target: Tensor) -> Errors:
         pattern, (ends, weights) = code.pattern, self._prefixes()
         group, sums, total = group_of(pattern, ends), self.b_dec - target, torch.zeros_like(self.b_dec[0])
-    def loss(self, batch: TrainingBatch) -> Loss:
-        return self.loss_of(batch, self.encode(batch.input))
-
-    def loss_of(self, batch: TrainingBatch, code: SparseCode) -> Loss:
-        pattern, ends, weights = code.pattern, *self._prefixes()
-        group, sums, total = group_of(pattern, ends), self.b_dec - batch.target, torch.zeros_like(self.b_dec[0])
         mse = total
         for number, weight in enumerate(weights):
             sums = sums + sparse_decode(code.values * (group == number), self.W_dec, pattern)
@@ -150,6 +131,7 @@ class Matryoshka(Nested, BatchTopK):
         "Bussmann et al. 2025, Learning multi-level features with Matryoshka sparse autoencoders, arXiv:2503.17547; "
         "random prefixes: Nabeshima 2024, Matryoshka sparse autoencoders"
     )
+    good_for = "features at several levels of detail; less absorption of general features by special ones"
 
 
 @register("matryoshka_topk")

@@ -54,12 +54,11 @@ class TopK(LinearDictionary):
         return values if self.signed else F.relu(values)
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        code = self.encode(batch.input)
-        trained, mse, reconstruction = self.errors(code, batch.target)
-        return self._loss_of(self.encode(batch.input), batch)
+        return self.loss_of(batch, self.encode(batch.input))
 
-    def _loss_of(self, code: SparseCode, batch: TrainingBatch) -> Loss:
-        reconstruction = self.decode(code)
+    def loss_of(self, batch: TrainingBatch, code: SparseCode) -> Loss:
+        """The loss of a batch whose code is worked out already."""
+        trained, mse, reconstruction = self.errors(code, batch.target)
         residual = batch.target - reconstruction
         auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux, signed=self.signed)
         total = trained + self.config.auxk_coefficient * auxk
