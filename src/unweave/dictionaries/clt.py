@@ -77,6 +77,7 @@ class CrossLayerTranscoder(Parts):
 
     Config = CrossLayerTranscoderConfig
     citation = "Ameisen et al. 2025, Circuit tracing: revealing computational graphs in language models"
+    ordered_features = True
 
     def __init__(self, config: CrossLayerTranscoderConfig) -> None:
         super().__init__(config)

@@ -28,6 +28,7 @@ class GroupMax(TopK):
 
     Config = GroupMaxConfig
     citation = "EleutherAI 2025, sparsify (activation `groupmax`), github.com/EleutherAI/sparsify"
+    ordered_features = True
 
     def __init__(self, config: GroupMaxConfig) -> None:
         super().__init__(config)

@@ -92,7 +92,9 @@ class Case:
         dictionary = self.build(d_out=d_out, **options)
         rows = self.rows(1024, torch.float32)
         target = rows @ torch.randn(self.d, d_out, generator=torch.Generator().manual_seed(5)) / self.d**0.5 + 0.3
-        return self.train(dictionary, RowStream(ArraySource(rows, target)), self.training(n_steps=20)).double()
+        return self.train(
+            dictionary, RowStream(ArraySource(rows, target, side=self.side(rows))), self.training(n_steps=20)
+        ).double()
 
     @staticmethod
     def train(dictionary: Dictionary, *args: Any, **options: Any) -> Dictionary:
@@ -110,10 +112,15 @@ class Case:
     def batch(self, n: int = 48, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> TrainingBatch:
         """Rows to train on, with every third feature counted as dead."""
         x = self.rows(n, dtype, seed=seed)
-        return TrainingBatch(x, x, torch.arange(self.n_features) % 3 == 0)
+        return TrainingBatch(x, x, torch.arange(self.n_features) % 3 == 0, side=self.side(x))
+
+    def side(self, x: Tensor) -> Tensor | None:
+        """Side inputs for rows, where the architecture needs some."""
+        return x.roll(1, dims=1) if self.kind.needs_side else None
 
     def stream(self) -> RowStream:
-        return RowStream(ArraySource(self.rows(2048, torch.float32)), seed=0)
+        rows = self.rows(2048, torch.float32)
+        return RowStream(ArraySource(rows, side=self.side(rows)), seed=0)
 
     def training(self, *, n_steps: int = _STEPS, **options: Any) -> TrainingConfig:
         # Rows have the scale of training already, so that losses before and after it can be compared.

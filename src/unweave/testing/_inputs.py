@@ -43,7 +43,7 @@ def _require_usable(case: Case, x: Tensor, what: str) -> None:
         return
     for model, name in ((dictionary.train(), "after training"), (case.started().double(), "at the start")):
         model.zero_grad()
-        loss = model.loss(TrainingBatch(x, x, torch.arange(case.n_features) % 3 == 0))
+        loss = model.loss(TrainingBatch(x, x, torch.arange(case.n_features) % 3 == 0, side=case.side(x)))
         require_finite(loss.total.detach(), f"loss of {what} {name}")
         if loss.total.requires_grad:
             loss.total.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def dead_features_break_nothing(case: Case) -> None:
     for what, dead in (("unknown", None), ("none", nobody), ("all", ~nobody)):
         for progress in (0.0, 0.5, 1.0):
             dictionary.zero_grad()
-            loss = dictionary.loss(TrainingBatch(batch.input, batch.target, dead, progress))
+            loss = dictionary.loss(replace(batch, dead=dead, progress=progress))
             require_finite(loss.total.detach(), f"loss with dead features: {what}, at progress {progress}")
             if loss.total.requires_grad:
                 loss.total.backward()
@@ -92,7 +93,7 @@ def dead_features_break_nothing(case: Case) -> None:
 def learns_an_easy_problem(case: Case) -> None:
     """60 steps on planted features bring the loss down (or, without gradients, reconstruct better than none)."""
     batch = case.batch(512, torch.float32, seed=6)
-    batch = TrainingBatch(batch.input, batch.target)
+    batch = replace(batch, dead=None)
 
     def measure(dictionary: Dictionary) -> float:
         with torch.no_grad(), seeded(0):
@@ -120,7 +121,7 @@ def closed_form_agrees_with_autograd(case: Case) -> None:
     for progress in (0.02, 1.0):
         dictionary: Any = case.trained().train()
         batch = case.batch(256)
-        batch = TrainingBatch(batch.input, batch.target, batch.dead, progress)
+        batch = replace(batch, progress=progress)
         with seeded(0):
             loss = dictionary.loss(batch)
         loss.total.backward()

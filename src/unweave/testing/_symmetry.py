@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from unweave.codes import SparseCode
-from unweave.dictionaries import Dictionary, TrainingBatch
+from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.testing._case import Case, seeded
 from unweave.testing._check import check, require_close, require_close_code, skip
@@ -48,7 +50,7 @@ def loss_does_not_see_the_order_of_features(case: Case) -> None:
     order = torch.randperm(case.n_features)
     permute(dictionary, order)
     assert batch.dead is not None
-    batch = TrainingBatch(batch.input, batch.target, batch.dead[order], batch.progress)
+    batch = replace(batch, dead=batch.dead[order])
     require_close(loss(0), before, "loss after permuting the features", 1e-6)
 
 
