@@ -6,6 +6,7 @@ from unittest import SkipTest
 
 import pytest
 import torch
+from unweave_sample import mutants
 
 from unweave.errors import UnweaveError
 from unweave.testing import (
@@ -16,8 +17,6 @@ from unweave.testing import (
     check_architecture,
     parametrize_with_checks,
 )
-
-mutants = pytest.importorskip("unweave_sample.mutants")
 
 
 def test_every_check_has_a_mutant():

@@ -9,7 +9,7 @@ import torch
 
 import unweave
 from unweave.errors import UnweaveError
-from unweave.evaluation.synthetic import Hierarchy, SyntheticConfig, SyntheticSource, tree_toy
+from unweave.evaluation.synthetic import Hierarchy, SyntheticConfig, SyntheticSource, bench_toy, tree_toy
 from unweave.evaluation.synthetic.world import spread_out
 from unweave.sources._base import Source
 
@@ -202,6 +202,14 @@ def test_fit_takes_it_with_and_without_an_end():
         assert dictionary.encode(source.sample(5).rows).n_features == 64
 
 
+def test_evaluate_takes_it():
+    source = SyntheticSource(d=16, n_features=16, directions="orthonormal")
+    dictionary = unweave.fit(source, "topk", n_features=32, k=3, n_rows=2000, batch_size=200)
+    found = unweave.evaluate(dictionary, source.held_out(), n_rows=1024, n_bootstrap=20, progress=False)
+    assert 0 < found["fvu"] < 1
+    assert found.data["source"]["kind"] == "synthetic"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,5 +236,5 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_the_config_goes_to_json_and_back():
     config = SyntheticConfig(rates="zipf", hierarchy=Hierarchy(n_roots=3), exclusive=())
     assert SyntheticConfig.from_json(config.to_json()) == config
-    toy = tree_toy(0.1)
-    assert SyntheticConfig.from_json(toy.to_json()) == toy
+    for toy in (tree_toy(0.1), bench_toy()):
+        assert SyntheticConfig.from_json(toy.to_json()) == toy

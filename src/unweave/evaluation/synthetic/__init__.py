@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unweave.evaluation.synthetic.config import Hierarchy, SyntheticConfig, tree_toy
+from unweave.evaluation.synthetic.config import Hierarchy, SyntheticConfig, bench_toy, tree_toy
 from unweave.evaluation.synthetic.matching import Match, match
 from unweave.evaluation.synthetic.recovery import Recovery, recover
 from unweave.evaluation.synthetic.source import Sample, SyntheticSource
@@ -16,6 +16,7 @@ __all__ = [
     "SyntheticConfig",
     "SyntheticSource",
     "World",
+    "bench_toy",
     "match",
     "recover",
     "tree_toy",
