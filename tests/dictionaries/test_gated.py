@@ -70,12 +70,12 @@ def test_it_is_a_jumprelu_whose_thresholds_follow_from_its_biases() -> None:
         assert dictionary.encode(x).nnz > 100
 
 
-# Over seeds 0 to 4 at 600 steps: reconstructions have 0.93 to 0.93 of the rows' norm and FVU 0.060 to 0.065 at L0 4.6
-# to 4.7, where ReLU with an L1 penalty has 0.68 to 0.69 and 0.14 to 0.15 at L0 4.9 to 5.0.
+# Over seeds 0 to 4: reconstructions have 0.93 to 0.94 of the rows' norm and FVU 0.069 to 0.073 at L0 5.6 to 6.0, where
+# ReLU with an L1 penalty has 0.65 to 0.68 and 0.16 to 0.17 at L0 5.8 to 6.3.
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_values_are_not_shrunk_as_those_of_l1(seed: int) -> None:
-    _, rows = planted(seed, n=6000)
-    settings = {"n_features": 64, "n_rows": 400 * 512, "batch_size": 512, "seed": seed}
+    _, rows = planted(seed, n=4000)
+    settings = {"n_features": 64, "n_rows": 300 * 256, "batch_size": 256, "seed": seed}
     gated = unweave.training.fit(rows, "gated", sparsity_coefficient=0.3, **settings)
     relu = unweave.training.fit(rows, "relu", variant="standard", l1_coefficient=0.3, **settings)
     with torch.no_grad():
@@ -83,4 +83,4 @@ def test_values_are_not_shrunk_as_those_of_l1(seed: int) -> None:
         l0 = [float(d.encode(rows).l0().float().mean()) for d in (gated, relu)]
         assert lengths[0] > 0.85 > 0.75 > lengths[1]
         assert fvu(rows, gated(rows)) < 0.7 * fvu(rows, relu(rows))
-        assert l0[0] < 1.2 * l0[1]
+        assert l0[0] < l0[1]

@@ -63,7 +63,7 @@ def rows() -> Tensor:
 @pytest.mark.parametrize("member", MEMBERS)
 def test_it_trains_and_comes_back_from_a_file(member: str, rows: Tensor, tmp_path) -> None:
     arch, options = MEMBERS[member]
-    settings = {"n_features": 40, "n_rows": 60 * 50, "batch_size": 50, "seed": 1, **options}
+    settings = {"n_features": 40, "n_rows": 40 * 50, "batch_size": 50, "seed": 1, **options}
     dictionary = unweave.training.fit(rows, arch, **settings)
     dictionary.save(tmp_path)
     again = Dictionary.load(tmp_path)
