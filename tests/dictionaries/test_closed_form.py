@@ -50,6 +50,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "relu": [{"variant": "april"}, {"variant": "standard"}],
     "jumprelu": [{"penalty": "target"}, {"penalty": "l0"}],
     "topk": [{}, {"k_aux": 2}, {"auxk_coefficient": 0.0}],
+    "transcoder": [{"auxk_coefficient": 1 / 32}, {"objective": "mse"}, {"activation": "relu"}],
 }
 EACH = [(arch, variant) for arch in ARCHS for variant in VARIANTS.get(arch, [{}])]
 
@@ -83,7 +84,7 @@ def problem(
             parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64) / parameter.shape[-1] ** 0.5)
         if arch == "jumprelu":
             made.get_parameter("log_threshold").add_(0.6)
-        if arch == "relu":
+        if arch == "relu" or (options or {}).get("activation") == "relu":
             made.b_enc.sub_(1.5)  # else half of all features fire, and dense products are the better way
         if made.unit_norm:
             made.W_dec.copy_(torch.nn.functional.normalize(made.W_dec, dim=1))
