@@ -31,11 +31,13 @@ def planted(seed: int, ratio: float = 100.0) -> tuple[Tensor, Tensor]:
 # Seeds 0-2 (600 steps), FVU of either part and r of the learnt atom nearest to each planted one:
 #   crosscoder            0.003 to 0.004, A's own at most 0.000, B's own at least 1.000, shared ones 0.40 to 0.65
 #   topk_crosscoder       0.09 to 0.11,   at most 0.17, at least 0.84, 0.48 to 0.51 (no penalty takes the last bit away)
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("arch", "options", "slack", "worst"),
-    [("crosscoder", {"l1_coefficient": 0.05}, 0.05, 0.02), ("topk_crosscoder", {"k": 3}, 0.25, 0.2)],
+    [
+        ("crosscoder", {"l1_coefficient": 0.05}, 0.05, 0.02),
+        pytest.param("topk_crosscoder", {"k": 3}, 0.25, 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_feature_of_one_model_is_found_to_be_its_own(
     arch: str, options: dict[str, Any], slack: float, worst: float, seed: int
