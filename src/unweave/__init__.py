@@ -34,16 +34,19 @@ if TYPE_CHECKING:
     from unweave.sources import ModuleSource as ModuleSource
     from unweave.sources import TextSource as TextSource
     from unweave.sources import read_documents as read_documents
+    from unweave.training import EndToEndConfig as EndToEndConfig
     from unweave.training import SparseDictionaryTransformer as SparseDictionaryTransformer
     from unweave.training import TrainingConfig as TrainingConfig
     from unweave.training import fit as fit
     from unweave.training import train as train
+    from unweave.training import train_end_to_end as train_end_to_end
     from unweave.training import train_many as train_many
 
 _HOME = {
     "ActivationStore": "activations",
     "ArraySource": "sources",
     "Dictionary": "dictionaries",
+    "EndToEndConfig": "training",
     "FeatureStore": "features",
     "JoinedSource": "sources",
     "LanguageModel": "sources",
@@ -63,6 +66,7 @@ _HOME = {
     "register": "dictionaries",
     "splice": "interventions",
     "train": "training",
+    "train_end_to_end": "training",
     "train_many": "training",
 }
 

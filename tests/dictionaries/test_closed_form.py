@@ -58,6 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "matryoshka": [{}, {"prefixes": "random"}],
     "hierarchical_topk": [{}, {"budgets": (2, 5)}],
     "ort": [{}, {"ort_coefficient": 3.0, "chunk_size": 20}, {"ort_coefficient": 0.0}],
+    "transcoder": [{"auxk_coefficient": 1 / 32}, {"objective": "mse"}, {"activation": "relu"}],
 }
 EACH = [(arch, variant) for arch in ARCHS for variant in VARIANTS.get(arch, [{}])]
 
@@ -98,7 +99,7 @@ def problem(
             made.get_parameter("log_threshold").add_(0.6)
         if takes(arch, "p_end"):
             made.get_buffer("p_stage").fill_(4)  # of p falling to p_end
-        if not sparsity_of(arch, k):
+        if not sparsity_of(arch, k) or (options or {}).get("activation") == "relu":
             made.b_enc.sub_(2.0)  # else half of all features fire, and dense products are the better way
         if made.unit_norm:
             made.W_dec.copy_(torch.nn.functional.normalize(made.W_dec, dim=1))

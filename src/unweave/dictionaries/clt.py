@@ -140,9 +140,11 @@ class CrossLayerTranscoder(Parts):
         if self.config.activation == "jumprelu":
             return select_above(u, self.log_threshold.exp())
         ranks = (u * self.decoder_norms()).unflatten(1, (self.n_parts, -1)).unbind(1)
-        chosen = [select_topk(rank, k) for rank, k in zip(ranks, self._shares())]
+        shares = self._shares()
+        chosen = [select_topk(rank, k) for rank, k in zip(ranks, shares)]
         indices = torch.cat(
-            [p.indices.view(len(u), -1) + layer * self.per_layer for layer, p in enumerate(chosen)], dim=1
+            [p.indices.view(len(u), k) + layer * self.per_layer for layer, (p, k) in enumerate(zip(chosen, shares))],
+            dim=1,
         )
         offsets = torch.arange(len(u) + 1, device=u.device) * indices.shape[1]
         return Pattern(offsets, indices.reshape(-1), self.n_features)

@@ -17,13 +17,14 @@ class TemporalConfig(MatryoshkaConfig):
     """
     Attributes:
         group_fractions: high-level features first; the paper's 20 to 80.
-        contrast_coefficient: weight of the contrastive loss; its size is our choice.
+        contrast_coefficient: weight of the contrastive loss; our choice. On planted slow features 0.5 found them for
+            every seed, 0.1 for some (see the tests).
         temperature: what the cosines are divided by; the paper's formula has none, which is 1.
     """
 
     subtract_bias: bool = False
     group_fractions: tuple[float, ...] = Field((0.2, 0.8), min_length=1)
-    contrast_coefficient: float = Field(0.1, ge=0)
+    contrast_coefficient: float = Field(0.5, ge=0)
     temperature: PositiveFloat = 1.0
 
     @model_validator(mode="after")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from unweave.errors import UnweaveError
-from unweave.evaluation._contexts import Contexts
 from unweave.interventions import RowEdit, splice
+from unweave.sources._positions import Contexts
 from unweave.sources.sites import Site, find_blocks
 
 Edit = tuple[RowEdit, Site]  # what to write at the target site, and the site whose rows it is given

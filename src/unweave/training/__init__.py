@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from unweave.training._end_to_end import EndToEndConfig as EndToEndConfig
 from unweave.training.config import TrainingConfig as TrainingConfig
+from unweave.training.end_to_end import train_end_to_end as train_end_to_end
 from unweave.training.fit import fit as fit
 from unweave.training.health import health as health
 from unweave.training.loop import Trained as Trained
