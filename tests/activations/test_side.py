@@ -81,6 +81,18 @@ def test_the_format_says_so_and_only_then(tmp_path, fake_source, with_side):
         ActivationStore.open(store.folder).rows([0])
 
 
+def test_the_page_on_the_format_names_them(tmp_path, with_side):
+    from safetensors.torch import load_file
+
+    store = harvest(with_side(), tmp_path, n_rows=300)
+    page = (Path(__file__).parents[2] / "docs" / "activation-store.md").read_text(encoding="utf-8")
+    names = [
+        *json.loads((store.folder / "manifest.json").read_text()),
+        *load_file(tmp_path / "shard-00000.safetensors"),
+    ]
+    assert all(f"`{name}`" in page for name in names)
+
+
 def test_batches_that_do_not_fit_are_refused(tmp_path, fake_source, with_side):
     plain, sided = fake_source().batch(0), with_side().batch(0)
     store = ActivationStore.create(tmp_path / "a", {}, 8)
@@ -89,9 +101,9 @@ def test_batches_that_do_not_fit_are_refused(tmp_path, fake_source, with_side):
     store = ActivationStore.create(tmp_path / "b", {}, 8, d_side=3, side_dtype="float32")
     with pytest.raises(UnweaveError, match=r"batch.side: expected float32 side inputs of shape .* found none"):
         store.append(plain)
-    with pytest.raises(UnweaveError, match="expected float32 side inputs .* found bfloat16"):
+    with pytest.raises(UnweaveError, match=r"expected float32 side inputs .* found bfloat16"):
         store.append(replace(sided, side=sided.side.bfloat16()))
-    with pytest.raises(UnweaveError, match="of .* side rows of batch 0 hold NaN"):
+    with pytest.raises(UnweaveError, match=r"of .* side rows of batch 0 hold NaN"):
         store.append(replace(sided, side=sided.side / 0))
 
 

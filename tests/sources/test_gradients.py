@@ -87,7 +87,9 @@ def test_other_models_too(kind):
             added = torch.zeros(len(tokens), 16, requires_grad=True)
             with site.hook(lambda tensor, added=added: tensor + added.reshape(tensor.shape)):
                 (expected,) = torch.autograd.grad(loss_of(model, tokens), added)
-            torch.testing.assert_close(gradients[site.name][lengths[i] : lengths[i + 1]], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                gradients[site.name][lengths[i] : lengths[i + 1]], expected, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_small_step_against_it_lowers_the_loss_by_as_much(model, texts):
