@@ -17,7 +17,10 @@ def harvest(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
     site: Annotated[
         list[str] | None,
-        typer.Option(help="Where to read, such as layers.12. Given several times: a store for each, from one pass."),
+        typer.Option(
+            help="Where to read, such as layers.12, or layers.6+layers.12 in one row. Given several times: a store for "
+            "each, from one pass."
+        ),
     ] = None,
     target_site: Annotated[str | None, typer.Option(help="A second site, the target of a transcoder.")] = None,
     data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,

@@ -20,7 +20,8 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
     site: Annotated[
-        str | None, typer.Option(help="layers.12, layers.12:input, layers.12.mlp, layers.12.attn, ...")
+        str | None,
+        typer.Option(help="layers.12, layers.12:input, layers.12.mlp, ...; joined: layers.6+layers.12"),
     ] = None,
     target_site: Annotated[str | None, typer.Option(help="Reconstruct this site instead (a transcoder).")] = None,
     data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,
