@@ -6,11 +6,17 @@ from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
+from unweave.dictionaries.itda import ITDA as ITDA
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
+from unweave.dictionaries.mp import MP as MP
+from unweave.dictionaries.omp import OMP as OMP
+from unweave.dictionaries.poly import PolyBatchTopK as PolyBatchTopK
+from unweave.dictionaries.poly import PolyTopK as PolyTopK
 from unweave.dictionaries.registry import build as build
 from unweave.dictionaries.registry import get as get
 from unweave.dictionaries.registry import names as names
 from unweave.dictionaries.registry import register as register
 from unweave.dictionaries.relu import ReLU as ReLU
+from unweave.dictionaries.top_afa import TopAFA as TopAFA
 from unweave.dictionaries.topk import TopK as TopK
