@@ -40,7 +40,7 @@ class ITDAConfig(PursuitConfig):
 
 @register("itda")
 class ITDA(MatchingDictionary):
-    """k times: ``j = argmax |<r, d_j>|``, ``c = <r, d_j>``, ``z_j += c``, ``r -= c d_j``; atoms are activations ``x / ||x||``.
+    """k times: ``j = argmax |<r, d_j>|``, ``c = <r, d_j>``, ``z_j += c``, ``r -= c d_j``; atoms are rows ``x / ||x||``.
 
     Learnt without gradients: the first d different rows are atoms, the most frequent of a batch first, and then every
     row that is reconstructed badly, ``1 - cos(x, x_hat) > tau``, is made an atom. An atom thus says where it came from
@@ -140,7 +140,7 @@ def jaccard(first: ITDA | Sequence[ITDA], second: ITDA | Sequence[ITDA]) -> floa
     Raises:
         UnweaveError: where not all have seen as many rows: theirs are not numbers of rows of the same data.
     """
-    groups = [[one] if isinstance(one, ITDA) else list(one) for one in (first, second)]
+    groups = [list(one) if isinstance(one, Sequence) else [one] for one in (first, second)]
     seen = sorted({int(one.n_rows_seen) for group in groups for one in group})
     if len(seen) > 1:
         raise UnweaveError(

@@ -39,7 +39,7 @@ class TopAFAConfig(LinearConfig):
 
 @register("top_afa")
 class TopAFA(LinearDictionary):
-    """``z`` = the k(x) largest of ``ReLU((x - b_dec) W_enc^T)``, where k(x) brings ``||z||`` nearest to ``||x - b_dec||``.
+    """``z`` = the k(x) largest of ``ReLU((x - b_dec) W_enc^T)``; k(x) brings ``||z||`` nearest to ``||x - b_dec||``.
 
     Where atoms are nearly orthogonal, a code that reconstructs a row is about as long as the row (the approximate
     feature activation, AFA): ``| ||x||^2 - ||z||^2 | <= eps (h - 1) ||z||^2`` for h atoms of norm 1 with inner products
@@ -55,15 +55,18 @@ class TopAFA(LinearDictionary):
         "Lee, Davies, Canby, Hockenmaier 2025, Evaluating and designing SAEs by approximating quasi-orthogonality"
     )
 
+    gain: Tensor
+
     def __init__(self, config: TopAFAConfig) -> None:
         super().__init__(config)
+        self.register_buffer("gain", torch.tensor(1.0))  # of code lengths over row lengths: their units may differ
         self.b_enc.requires_grad_(False)
 
     def _entries(self, x: Tensor) -> tuple[Pattern, Tensor]:
         centred = self.centre(x)
         with torch.no_grad():
             scores = F.linear(centred, self.W_enc)
-            pattern = adaptive(scores.relu() * self.W_dec.norm(dim=1), centred.norm(dim=1))
+            pattern = adaptive(scores.relu() * self.W_dec.norm(dim=1), centred.norm(dim=1) * self.gain)
         return pattern, sparse_encode(centred, self.W_enc, self.b_enc, scores, pattern)
 
     def activate(self, values: Tensor, pattern: Pattern) -> Tensor:
@@ -83,6 +86,11 @@ class TopAFA(LinearDictionary):
         total = mse + self.config.auxk_coefficient * auxk + self._coefficient * afa
         terms = {"mse": mse.detach(), "auxk": auxk.detach(), "afa": afa.detach()}
         return Loss(total, terms, code.detach(), reconstruction.detach())
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        super().fold_scale(scale, out_scale)
+        self.gain.mul_(scale / (scale if out_scale is None else out_scale))
 
     @property
     def _coefficient(self) -> float:
