@@ -1,4 +1,4 @@
-"""PolySAE: what its decoder is written out, its parameters, and a planted interaction that no linear decoder can say."""
+"""PolySAE: what its decoder is written out, its parameters, and an interaction that no linear decoder can say."""
 
 from __future__ import annotations
 

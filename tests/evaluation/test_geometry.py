@@ -82,7 +82,7 @@ def test_energy_share_is_that_of_the_marked_rows() -> None:
         energy_share(SparseCode.from_dense(dense), torch.ones(3, dtype=torch.bool))
 
 
-# ---- quasi-orthogonality ----------------------------------------------------------------------------------------------
+# ---- quasi-orthogonality --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,7 +99,7 @@ def test_no_row_needs_more_coherence_than_there_is(seed: int, signed: bool) -> N
 
 @pytest.mark.parametrize("eps", [0.0, 0.01, 0.3])
 def test_equal_codes_on_equally_correlated_atoms_reach_the_bound(eps: float) -> None:
-    W = torch.linalg.cholesky(torch.full((12, 12), eps).fill_diagonal_(1).double())
+    W = torch.linalg.cholesky(torch.full((12, 12), eps, dtype=torch.float64).fill_diagonal_(1))
     f = torch.full((1, 12), 1.7, dtype=torch.float64)
     norms = (f @ W).norm(dim=1)
     assert float(epsilon_bound(norms, f.norm(dim=1), 12)) == pytest.approx(eps, abs=1e-12)

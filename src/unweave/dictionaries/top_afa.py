@@ -25,14 +25,13 @@ class TopAFAConfig(LinearConfig):
         afa_coefficient: weight of ``(||z|| - t)^2``. The paper's 1/32 (of 1/128 to 1/16) is for rows of squared norm d
             and a squared error averaged over coordinates; for rows scaled to E||x||^2 = 1 and a summed error that is
             ``d / 32``, which is what None stands for. Too small a weight fails.
-        length: what t is in the loss: "centred" takes ``||x - b_dec||``, which also chooses k and is what the theory
-            says; "input" takes ``||x||``, as the reference's loss does (there rows are standardised, and it hardly
-            matters).
+        length: what t is in the loss: "input" takes ``||x||``, as the reference does; "centred" takes
+            ``||x - b_dec||``, as the theory and the choice of k do. With it the bias tends to drift off the rows.
         auxk_coefficient: weight of the AuxK loss. k_aux: dead features per row in that loss.
     """
 
     afa_coefficient: NonNegativeFloat | None = None
-    length: Literal["centred", "input"] = "centred"
+    length: Literal["input", "centred"] = "input"
     auxk_coefficient: float = Field(1 / 32, ge=0)
     k_aux: PositiveInt = 512
 
@@ -47,7 +46,7 @@ class TopAFA(LinearDictionary):
     ``||x - x_hat||^2 + AuxK / 32 + lambda (||z|| - t)^2``. There is no encoder bias.
 
     Sparsity follows from the data and is seldom high: the paper reports L0 around 2,000 of 12,288 features on GPT-2
-    small, and wins over TopK only there. (The reference never keeps every feature; this does where that is nearest.)
+    small, and wins over TopK only there. As in the reference, one feature at least stays silent.
     """
 
     Config = TopAFAConfig
@@ -101,17 +100,18 @@ class TopAFA(LinearDictionary):
 def adaptive(lengths: Tensor, wanted: Tensor) -> Pattern:
     """Of each row the largest, as many as bring the root of the sum of their squares nearest to what is wanted.
 
-    The first count among equals, at least one, and no zeros beyond it.
+    The first count among equals, at least one, and never all of them.
 
     Args:
         lengths: ``(n, m)``, 0 or more. wanted: ``(n,)``.
     """
     n, m = lengths.shape
-    k = min(m, _FIRST_LOOK)
+    most = max(1, m - 1)
+    k = min(most, _FIRST_LOOK)
     best = lengths.topk(k, dim=1)
     sums = best.values.square().cumsum(1).sqrt()
-    if k < m and bool((sums[:, -1] < wanted).any()):
-        best = lengths.sort(dim=1, descending=True)
+    if k < most and bool((sums[:, -1] < wanted).any()):
+        best = lengths.topk(most, dim=1)
         sums = best.values.square().cumsum(1).sqrt()
     counts = 1 + (sums - wanted[:, None]).abs().argmin(dim=1)
     kept = torch.arange(sums.shape[1], device=sums.device) < counts[:, None]
