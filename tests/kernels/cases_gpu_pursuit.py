@@ -46,6 +46,17 @@ def test_an_atom_is_picked_again_and_stays_one_entry():
     torch.testing.assert_close(found[1], truth[1])
 
 
+@pytest.mark.parametrize("until_repeat", [False, True])
+def test_the_trail_is_that_of_the_reference(until_repeat):
+    x, W = problem(7, 6, 20)
+    trails = [torch.empty(7, 12, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    truth = reference.matching_pursuit(x.double(), W.double(), 12, until_repeat=until_repeat, trail=trails[0])
+    found = gpu.matching_pursuit(x, W, 12, until_repeat=until_repeat, trail=trails[1])
+    assert torch.equal(trails[0], trails[1])
+    assert bool((trails[0] < 0).any()) == until_repeat
+    torch.testing.assert_close(dense(found).double(), dense(truth), rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_zeros_have_no_entries():
     _, W = problem(1, 8, 21)
     pattern, values = gpu.matching_pursuit(torch.zeros(2, 8, device=DEVICE), W, 3)

@@ -44,6 +44,7 @@ ROW = {**tile(D, 8)}
 PLAN = topk_plan(M, K)
 SELECT = {"SIGNED": True, "SCREENED": True}
 PURSUIT = {"WIDTH": K, "BLOCK": 1024, "BLOCK_D": 512, "FLOOR": 1e-6, "num_warps": 8}
+PURSUES = ("SIGNED", "DISTINCT", "UNTIL_REPEAT", "HAS_TRAIL", "HAS_TOLERANCE")
 ALL = {"HAS_HEAVY": True, "HAS_MORE": True, "HAS_PULL": True}
 NONE = dict.fromkeys(ALL, False)
 
@@ -66,11 +67,8 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, str]]]] = {
     ],
     "prefixes._decode_prefixes": [(ROW, {}), (ROW, {"W": "*bf16"})],
     "pursuit._pursue": [
-        ({**PURSUIT, "SIGNED": True, "DISTINCT": True, "HAS_TOLERANCE": True}, {"counts": "*i64"}),
-        (
-            {**PURSUIT, "SIGNED": False, "DISTINCT": False, "HAS_TOLERANCE": False},
-            {"counts": "*i64", "gram": "*bf16"},
-        ),
+        ({**PURSUIT, **dict.fromkeys(PURSUES, True)}, {"counts": "*i64", "trail": "*i32"}),
+        ({**PURSUIT, **dict.fromkeys(PURSUES, False)}, {"counts": "*i64", "trail": "*i32", "gram": "*bf16"}),
     ],
     "select._find": [
         ({**SELECT, **PLAN}, {"scores": "*bf16"}),

@@ -158,6 +158,47 @@ def test_an_atom_picked_twice_is_one_entry():
     assert once[1] != pytest.approx(code[1])
 
 
+def replayed(x, W, trail):
+    """The code that a trail stands for, pick by pick, and what it leaves of the row."""
+    residual, code = x.clone(), {}
+    for j in trail.tolist():
+        if j >= 0:
+            value = residual @ W[j]
+            code[j] = code.get(j, 0.0) + float(value)
+            residual = residual - value * W[j]
+    return code
+
+
+@pytest.mark.parametrize("method", [None, "gram", "residual"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("until_repeat", [False, True])
+def test_the_trail_tells_every_pick_and_a_repeat_can_end_it(method, signed, until_repeat):
+    x, W = made(40, 12, 50, seed=18)
+    x, W = x.double(), F.normalize(W.double(), dim=1)
+    if method is None:
+        pursue = reference.matching_pursuit
+    else:
+        pursue, x, W = partial(cpu.matching_pursuit, method=method), x.float(), W.float()
+    trail = torch.empty(40, 20, dtype=torch.int32)
+    found = codes_of(pursue(x, W, 20, signed=signed, until_repeat=until_repeat, trail=trail))
+    for row, picks, code in zip(x, trail, found, strict=True):
+        assert_same(code, replayed(row, W, picks), float(row.norm()), 1e-12 if method is None else 2e-5)
+        picked = picks[picks >= 0].tolist()
+        n_new = len(set(picked))
+        assert len(picked) in ((n_new + 1, 20) if until_repeat else (20,))
+        assert not until_repeat or len(set(picked[:-1])) == len(picked[:-1])
+    assert (float((trail[:, -1] < 0).double().mean()) > 0.9) == until_repeat
+
+
+def test_a_trail_that_does_not_fit_is_refused():
+    x, W = made(6, 8, 20, seed=16)
+    for pursue in (reference.matching_pursuit, cpu.matching_pursuit):
+        with pytest.raises(UnweaveError, match=r"int32 trail \(6, 3\), found torch.int64 \(6, 3\)"):
+            pursue(x, W, 3, trail=torch.zeros(6, 3, dtype=torch.long))
+    with pytest.raises(UnweaveError, match="knows neither until_repeat nor trail"):
+        cpu.matching_pursuit(x, W, 3, method="screened", until_repeat=True)
+
+
 @pytest.mark.parametrize("method", ["gram", "residual", "screened"])
 @pytest.mark.parametrize("kind", PURSUITS)
 def test_planted_atoms_are_found_and_nothing_else(method, kind):

@@ -18,13 +18,18 @@ from unweave.dictionaries.gated import Gated as Gated
 from unweave.dictionaries.group_max import GroupMax as GroupMax
 from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
 from unweave.dictionaries.inference import pursue as pursue
+from unweave.dictionaries.itda import ITDA as ITDA
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.matryoshka import MatryoshkaJumpReLU as MatryoshkaJumpReLU
 from unweave.dictionaries.matryoshka import MatryoshkaTopK as MatryoshkaTopK
+from unweave.dictionaries.mp import MP as MP
 from unweave.dictionaries.multi_topk import MultiTopK as MultiTopK
+from unweave.dictionaries.omp import OMP as OMP
 from unweave.dictionaries.ort import Ort as Ort
 from unweave.dictionaries.p_anneal import PAnneal as PAnneal
+from unweave.dictionaries.poly import PolyBatchTopK as PolyBatchTopK
+from unweave.dictionaries.poly import PolyTopK as PolyTopK
 from unweave.dictionaries.registry import build as build
 from unweave.dictionaries.registry import get as get
 from unweave.dictionaries.registry import names as names
@@ -32,6 +37,7 @@ from unweave.dictionaries.registry import register as register
 from unweave.dictionaries.relu import ReLU as ReLU
 from unweave.dictionaries.switch import Switch as Switch
 from unweave.dictionaries.temporal import Temporal as Temporal
+from unweave.dictionaries.top_afa import TopAFA as TopAFA
 from unweave.dictionaries.topk import TopK as TopK
 from unweave.dictionaries.transcoder import SkipTranscoder as SkipTranscoder
 from unweave.dictionaries.transcoder import Transcoder as Transcoder

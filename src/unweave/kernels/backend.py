@@ -30,6 +30,7 @@ class Backend:
     gradients: ModuleType
     adam: ModuleType
     prefixes: ModuleType
+    pursuit: ModuleType
     update: ModuleType
 
 

@@ -50,8 +50,16 @@ def dependence(dtype: torch.dtype) -> float:
     return 64 * torch.finfo(dtype).eps
 
 
-def check(x: Tensor, W: Tensor, k: int, tolerance: float | None, *, look_at_atoms: bool = True) -> None:
-    """Refuse what pursuit cannot work on.
+def check(
+    x: Tensor,
+    W: Tensor,
+    k: int,
+    tolerance: float | None,
+    trail: Tensor | None = None,
+    *,
+    look_at_atoms: bool = True,
+) -> None:
+    """Refuse what pursuit cannot work on; clear the trail, if there is one.
 
     Raises:
         UnweaveError: for shapes, types or devices that do not fit, numbers that are not finite, a negative k.
@@ -67,6 +75,12 @@ def check(x: Tensor, W: Tensor, k: int, tolerance: float | None, *, look_at_atom
         raise UnweaveError(f"pursuit: expected k, how many atoms to pick, to be 0 or more, found {k}")
     if tolerance is not None and not tolerance >= 0:
         raise UnweaveError(f"pursuit: expected a tolerance (a residual norm) of 0 or more, found {tolerance}")
+    if trail is not None:
+        if trail.shape != (len(x), k) or trail.dtype != torch.int32 or not trail.is_contiguous():
+            raise UnweaveError(
+                f"pursuit: expected a contiguous int32 trail ({len(x)}, {k}), found {trail.dtype} {tuple(trail.shape)}"
+            )
+        trail.fill_(-1)
     refuse_not_finite("x", x)
     if look_at_atoms:
         refuse_not_finite("the dictionary W", W)

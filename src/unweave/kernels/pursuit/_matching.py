@@ -39,12 +39,13 @@ def subtract(residual, v, atom):
 
 
 @jit
-def pursue(lo, hi, X, W, C, G, k, signed, distinct, tolerance, indices, values, counts):
-    """Rows ``lo`` to ``hi`` of ``C = X W^T``, which is used up, in pairs."""
+def pursue(lo, hi, X, W, C, G, k, signed, distinct, until_repeat, tolerance, indices, values, counts, trail):
+    """Rows ``lo`` to ``hi`` of ``C = X W^T``, which is used up, in pairs. A trail of no columns is not written."""
     mask, blocks = mask_of(signed), n_blocks(C.shape[1])
     maxima, residual = np.empty((2, blocks), np.int32), np.empty((2, X.shape[1]), np.float32)
     floor, active = np.empty(2, np.float32), np.empty(2, np.bool_)
     at, amount = np.empty(2, np.int64), np.empty(2, np.float32)
+    noted = trail.shape[1] > 0
     for b in range(lo, hi, 2):
         for r in range(2):
             active[r] = b + r < hi
@@ -62,9 +63,14 @@ def pursue(lo, hi, X, W, C, G, k, signed, distinct, tolerance, indices, values, 
                     active[r] = worth_it(strength_of(v, mask), floor[r], residual[r], tolerance)
                     if active[r]:
                         at[r], amount[r] = j, v
-                        counts[i] = enter(indices[i], values[i], counts[i], j, v)
+                        before = counts[i]
+                        counts[i] = enter(indices[i], values[i], before, j, v)
+                        if noted:
+                            trail[i, t] = j
                         if tolerance >= 0:
                             subtract(residual[r], v, W[j])
+                        if until_repeat and counts[i] == before:
+                            active[r] = False
             if t + 1 == k or not (active[0] or active[1]):
                 break
             if active[0] and active[1]:

@@ -59,7 +59,9 @@ def matching_pursuit(
     *,
     signed: bool = False,
     distinct: bool = False,
+    until_repeat: bool = False,
     tolerance: float | None = None,
+    trail: Tensor | None = None,
     method: Method | None = None,
     gram: Tensor | None = None,
     screening: Screening | None = None,
@@ -67,7 +69,8 @@ def matching_pursuit(
     """As :func:`unweave.kernels.pursuit.reference.matching_pursuit`, in float32.
 
     Args:
-        x: ``(n, d)`` rows. W: ``(m, d)`` atoms of norm 1. k, signed, distinct, tolerance: as there.
+        x: ``(n, d)`` rows. W: ``(m, d)`` atoms of norm 1. k, signed, distinct, until_repeat, tolerance, trail: as
+            there; "screened" knows neither ``until_repeat`` nor ``trail``.
         method: "gram" updates correlations by rows of the Gram matrix: one product of x and W, and a pass over ``m``
             numbers a pick. "residual" is the reference: a product a pick. Both are exact, and None takes what is
             faster: "gram" if there is one, or if it takes no more than 4 GiB (32,768 atoms) and the batch makes up for
@@ -83,7 +86,7 @@ def matching_pursuit(
     Raises:
         UnweaveError: when shapes or types do not fit, or a number is not finite.
     """
-    options = _Options(k, signed, tolerance, distinct, orthogonal=False)
+    options = _Options(k, signed, tolerance, distinct, orthogonal=False, until_repeat=until_repeat, trail=trail)
     return _encode(x, W, options, method, gram, screening or Screening())
 
 
@@ -117,6 +120,8 @@ class _Options:
     tolerance: float | None
     distinct: bool
     orthogonal: bool
+    until_repeat: bool = False
+    trail: Tensor | None = None
 
     @property
     def least_residual(self) -> np.float32:
@@ -132,7 +137,7 @@ def _encode(
 ) -> tuple[Pattern, Tensor]:
     x, W = x.detach().contiguous(), W.detach().contiguous()
     n, m = len(x), len(W)
-    check(x, W, options.k, options.tolerance, look_at_atoms=gram is None)  # else gram_matrix has
+    check(x, W, options.k, options.tolerance, options.trail, look_at_atoms=gram is None)  # else gram_matrix has
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise UnweaveError(
             f"the compiled pursuit takes float32 on the CPU, found {x.dtype} on {x.device}: "
@@ -147,6 +152,8 @@ def _encode(
         method = "gram" if gram is not None or fits else "residual"
     elif method not in ("gram", "residual", "screened"):
         raise UnweaveError(f"pursuit: expected method 'gram', 'residual', 'screened' or None, found {method!r}")
+    if method == "screened" and (options.until_repeat or options.trail is not None):
+        raise UnweaveError("pursuit: method 'screened' knows neither until_repeat nor trail: use 'gram' or 'residual'")
     width = min(options.k, m)
     if n * width == 0:
         return nothing(x, m)
@@ -162,12 +169,17 @@ def _encode(
 
 def _by_residuals(x: Tensor, W: Tensor, options: _Options) -> tuple[Pattern, Tensor]:
     asked: dict[str, Any] = {"signed": options.signed, "tolerance": options.tolerance}
-    if options.orthogonal:
-        encode = reference.orthogonal_matching_pursuit
-    else:
-        encode, asked["distinct"] = reference.matching_pursuit, options.distinct
     step = max(64, _ROOM // max(len(W), options.k * x.shape[1]))
-    parts = [encode(part, W, options.k, **asked) for part in x.split(step)]
+    rows = range(0, len(x), step)
+    if options.orthogonal:
+        parts = [reference.orthogonal_matching_pursuit(x[i : i + step], W, options.k, **asked) for i in rows]
+    else:
+        asked |= {"distinct": options.distinct, "until_repeat": options.until_repeat}
+        trails = [None if options.trail is None else options.trail[i : i + step] for i in rows]
+        parts = [
+            reference.matching_pursuit(x[i : i + step], W, options.k, trail=trail, **asked)
+            for i, trail in zip(rows, trails)
+        ]
     return concatenate([pattern for pattern, _ in parts]), torch.cat([values for _, values in parts])
 
 
@@ -175,6 +187,7 @@ def _by_gram(x: Tensor, W: Tensor, G: Tensor, options: _Options, results: _Resul
     n, m = len(x), len(W)
     step = min(n, max(64, _ROOM // m))
     room, work = _room(step, m), options.k * m / 4  # simple passes
+    trail = torch.empty(n, 0, dtype=torch.int32) if options.trail is None else options.trail
     for lo in range(0, n, step):
         part = x[lo : lo + step]
         C = torch.mm(part, W.T, out=room[: len(part)])
@@ -184,8 +197,8 @@ def _by_gram(x: Tensor, W: Tensor, G: Tensor, options: _Options, results: _Resul
             how = G.dtype == torch.bfloat16, options.signed, options.least_residual
             run(pursue_orthogonally, len(C), *read, *how, *out, work=work)
         else:
-            how = options.k, options.signed, options.distinct, options.least_residual
-            run(pursue, len(C), *read, *how, *out, work=work)
+            how = options.k, options.signed, options.distinct, options.until_repeat, options.least_residual
+            run(pursue, len(C), *read, *how, *out, array(trail[lo : lo + step]), work=work)
 
 
 def _by_candidates(x: Tensor, W: Tensor, options: _Options, screening: Screening, results: _Results) -> None:

@@ -26,9 +26,9 @@ def _strength(c, SIGNED: constexpr):
 
 @jit
 def _pursue(
-    X, W, C, gram, residual, indices, values, counts, tolerance, d, m, k,
-    SIGNED: constexpr, DISTINCT: constexpr, HAS_TOLERANCE: constexpr, WIDTH: constexpr, BLOCK: constexpr,
-    BLOCK_D: constexpr, FLOOR: constexpr,
+    X, W, C, gram, residual, indices, values, counts, trail, tolerance, d, m, k,
+    SIGNED: constexpr, DISTINCT: constexpr, UNTIL_REPEAT: constexpr, HAS_TRAIL: constexpr, HAS_TOLERANCE: constexpr,
+    WIDTH: constexpr, BLOCK: constexpr, BLOCK_D: constexpr, FLOOR: constexpr,
 ):  # fmt: skip
     """One program per row of ``C = X W^T``, which is used up. ``WIDTH``: lanes for the row's entries, at least k."""
     row = tl.program_id(0).to(tl.int64)
@@ -70,6 +70,10 @@ def _pursue(
             mine = again | (is_new & (lanes == count))
             found, amount = tl.where(mine, j.to(tl.int32), found), tl.where(mine, amount + v, amount)
             count, picks = count + is_new.to(tl.int32), picks + 1
+            if HAS_TRAIL:
+                tl.store(trail + row * k + picks - 1, j.to(tl.int32))
+            if UNTIL_REPEAT:
+                going = is_new
             if HAS_TOLERANCE:
                 left = 0.0
                 for column in range(0, d, BLOCK_D):
@@ -93,7 +97,9 @@ def matching_pursuit(
     *,
     signed: bool = False,
     distinct: bool = False,
+    until_repeat: bool = False,
     tolerance: float | None = None,
+    trail: Tensor | None = None,
     gram: Tensor | None = None,
 ) -> tuple[Pattern, Tensor]:
     """As :func:`unweave.kernels.pursuit.reference.matching_pursuit`, in float32, by the Gram matrix.
@@ -104,7 +110,7 @@ def matching_pursuit(
     Raises:
         UnweaveError: when shapes or types do not fit, or a number is not finite.
     """
-    check(x, W, k, tolerance)
+    check(x, W, k, tolerance, trail)
     n, m = len(x), len(W)
     if x.dtype != torch.float32 or (gram is not None and gram.shape != (m, m)):
         found = x.dtype if gram is None else f"{x.dtype} and a Gram matrix {tuple(gram.shape)}"
@@ -120,9 +126,17 @@ def matching_pursuit(
         "BLOCK": min(_BLOCK, power_of_two(m)),
         "BLOCK_D": min(512, power_of_two(x.shape[1])),
     }
-    flags = {"SIGNED": signed, "DISTINCT": distinct, "HAS_TOLERANCE": tolerance is not None, "FLOOR": _FLOOR}
+    flags = {
+        "SIGNED": signed,
+        "DISTINCT": distinct,
+        "UNTIL_REPEAT": until_repeat,
+        "HAS_TRAIL": trail is not None,
+        "HAS_TOLERANCE": tolerance is not None,
+        "FLOOR": _FLOOR,
+    }
     step = max(64, _ROOM // m)
-    for part, *out in zip(*(tensor.split(step) for tensor in (x, indices, values, counts))):
+    written = (x, indices, values, counts, indices if trail is None else trail)
+    for part, *out in zip(*(tensor.split(step) for tensor in written)):
         residual = torch.empty_like(part) if tolerance is not None else part
         args = (part, W, part @ W.T, gram, residual, *out, float(tolerance or 0), x.shape[1], m, k)
         launch(_pursue, (len(part),), *args, **flags, **blocks, num_warps=8)

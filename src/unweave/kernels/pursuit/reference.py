@@ -15,7 +15,15 @@ from unweave.kernels.pursuit import check, dependence, noise, nothing, packed
 
 @torch.no_grad()
 def matching_pursuit(
-    x: Tensor, W: Tensor, k: int, *, signed: bool = False, distinct: bool = False, tolerance: float | None = None
+    x: Tensor,
+    W: Tensor,
+    k: int,
+    *,
+    signed: bool = False,
+    distinct: bool = False,
+    until_repeat: bool = False,
+    tolerance: float | None = None,
+    trail: Tensor | None = None,
 ) -> tuple[Pattern, Tensor]:
     """Matching pursuit (Mallat and Zhang 1993): ``k`` times the atom that correlates most with the residual.
 
@@ -28,7 +36,9 @@ def matching_pursuit(
         k: picks a row. An atom may be picked again; its values add up, so a row has at most k entries.
         signed: pick by absolute correlation, with values of either sign.
         distinct: never pick an atom again.
+        until_repeat: a row is done after its first pick of an atom that it had picked before.
         tolerance: a row is done when its residual norm is not above this.
+        trail: ``(n, k)`` int32 to write into: the atom of every pick, repeats and all, and -1 after the last.
 
     Returns:
         The pattern, entries in order of first pick, and their values ``(nnz,)``.
@@ -36,7 +46,7 @@ def matching_pursuit(
     Raises:
         UnweaveError: when shapes or types do not fit, or a number is not finite.
     """
-    check(x, W, k, tolerance)
+    check(x, W, k, tolerance, trail)
     n, m, width = len(x), len(W), min(k, len(W))
     if n * width == 0:
         return nothing(x, m)
@@ -46,7 +56,7 @@ def matching_pursuit(
     active = torch.ones(n, dtype=torch.bool, device=x.device)
     every = torch.arange(n, device=x.device)
     taken = torch.zeros(n, m, dtype=torch.bool, device=x.device) if distinct else None
-    for _ in range(k):
+    for t in range(k):
         scores = residual @ W.T
         strength = scores.abs() if signed else scores
         if taken is not None:
@@ -65,6 +75,10 @@ def matching_pursuit(
         indices[row, slot] = atom
         values[row, slot] += value
         counts[row] = torch.maximum(counts[row], slot + 1)
+        if trail is not None:
+            trail[row, t] = atom.int()
+        if until_repeat:
+            active[row] = ~again.any(dim=1)
         if taken is not None:
             taken[row, atom] = True
     return packed(indices, values, counts, m)
