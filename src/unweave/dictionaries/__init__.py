@@ -6,8 +6,11 @@ from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
+from unweave.dictionaries.feature_choice import FeatureChoice as FeatureChoice
+from unweave.dictionaries.gba import GBA as GBA
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
 from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
+from unweave.dictionaries.mutual_choice import MutualChoice as MutualChoice
 from unweave.dictionaries.registry import build as build
 from unweave.dictionaries.registry import get as get
 from unweave.dictionaries.registry import names as names
