@@ -5,7 +5,15 @@ from unweave.dictionaries._base import DictionaryConfig as DictionaryConfig
 from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
+from unweave.dictionaries.batch_abs_topk import BatchAbsTopK as BatchAbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
+from unweave.dictionaries.classical import ICA as ICA
+from unweave.dictionaries.classical import NMF as NMF
+from unweave.dictionaries.classical import PCA as PCA
+from unweave.dictionaries.classical import Archetypal as Archetypal
+from unweave.dictionaries.classical import KMeans as KMeans
+from unweave.dictionaries.classical import RandomDirections as RandomDirections
+from unweave.dictionaries.classical import SklearnDictionary as SklearnDictionary
 from unweave.dictionaries.feature_choice import FeatureChoice as FeatureChoice
 from unweave.dictionaries.gba import GBA as GBA
 from unweave.dictionaries.jumprelu import JumpReLU as JumpReLU
@@ -17,3 +25,4 @@ from unweave.dictionaries.registry import names as names
 from unweave.dictionaries.registry import register as register
 from unweave.dictionaries.relu import ReLU as ReLU
 from unweave.dictionaries.topk import TopK as TopK
+from unweave.dictionaries.vsae import VSAE as VSAE

@@ -110,6 +110,4 @@ class FeatureChoice(MutualChoice):
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         super().fold_scale(scale, out_scale)
-        self.thresholds.copy_(
-            torch.where(self.thresholds < 0, self.thresholds, self.thresholds / (out_scale or scale))
-        )
+        self.thresholds.copy_(torch.where(self.thresholds < 0, self.thresholds, self.thresholds / (out_scale or scale)))

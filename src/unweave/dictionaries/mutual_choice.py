@@ -1,4 +1,4 @@
-"""Mutual Choice: rows and features choose each other freely under one budget; under-used features get a second chance."""
+"""Mutual Choice: rows and features choose each other under one budget; the under-used get a second chance."""
 
 from __future__ import annotations
 
