@@ -5,7 +5,15 @@ from unweave.dictionaries._base import DictionaryConfig as DictionaryConfig
 from unweave.dictionaries._base import Loss as Loss
 from unweave.dictionaries._base import TrainingBatch as TrainingBatch
 from unweave.dictionaries.abs_topk import AbsTopK as AbsTopK
+from unweave.dictionaries.batch_abs_topk import BatchAbsTopK as BatchAbsTopK
 from unweave.dictionaries.batch_topk import BatchTopK as BatchTopK
+from unweave.dictionaries.classical import ICA as ICA
+from unweave.dictionaries.classical import NMF as NMF
+from unweave.dictionaries.classical import PCA as PCA
+from unweave.dictionaries.classical import Archetypal as Archetypal
+from unweave.dictionaries.classical import KMeans as KMeans
+from unweave.dictionaries.classical import RandomDirections as RandomDirections
+from unweave.dictionaries.classical import SklearnDictionary as SklearnDictionary
 from unweave.dictionaries.clt import CrossLayerTranscoder as CrossLayerTranscoder
 from unweave.dictionaries.crosscoder import BatchTopKCrosscoder as BatchTopKCrosscoder
 from unweave.dictionaries.crosscoder import Crosscoder as Crosscoder
@@ -13,8 +21,10 @@ from unweave.dictionaries.crosscoder import ModelDiff as ModelDiff
 from unweave.dictionaries.crosscoder import TopKCrosscoder as TopKCrosscoder
 from unweave.dictionaries.crosscoder import model_diff as model_diff
 from unweave.dictionaries.crosscoder import relative_norms as relative_norms
+from unweave.dictionaries.feature_choice import FeatureChoice as FeatureChoice
 from unweave.dictionaries.g_sae import GSAE as GSAE
 from unweave.dictionaries.gated import Gated as Gated
+from unweave.dictionaries.gba import GBA as GBA
 from unweave.dictionaries.group_max import GroupMax as GroupMax
 from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
 from unweave.dictionaries.inference import pursue as pursue
@@ -25,6 +35,7 @@ from unweave.dictionaries.matryoshka import MatryoshkaJumpReLU as MatryoshkaJump
 from unweave.dictionaries.matryoshka import MatryoshkaTopK as MatryoshkaTopK
 from unweave.dictionaries.mp import MP as MP
 from unweave.dictionaries.multi_topk import MultiTopK as MultiTopK
+from unweave.dictionaries.mutual_choice import MutualChoice as MutualChoice
 from unweave.dictionaries.omp import OMP as OMP
 from unweave.dictionaries.ort import Ort as Ort
 from unweave.dictionaries.p_anneal import PAnneal as PAnneal
@@ -41,3 +52,4 @@ from unweave.dictionaries.top_afa import TopAFA as TopAFA
 from unweave.dictionaries.topk import TopK as TopK
 from unweave.dictionaries.transcoder import SkipTranscoder as SkipTranscoder
 from unweave.dictionaries.transcoder import Transcoder as Transcoder
+from unweave.dictionaries.vsae import VSAE as VSAE

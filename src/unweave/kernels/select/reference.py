@@ -81,6 +81,32 @@ def select_above(scores: Tensor, threshold: Tensor | float) -> Pattern:
     return _pattern_of_flat(entry, n, n_features)
 
 
+def select_columns(scores: Tensor, budgets: Tensor) -> tuple[Pattern, Tensor]:
+    """For each feature its ``budgets`` (``(n_features,)``) rows of the largest positive scores.
+
+    Features of similar budgets are sorted together, so that a few large budgets do not make a long sort of all.
+
+    Returns:
+        The pattern, and ``(n_features,)`` the middle between each feature's smallest score kept and its largest left
+        out, a score below zero counting as zero; -1 where the budget is zero.
+    """
+    n, n_features = scores.shape
+    budgets = budgets.clamp(0, n)
+    edges, kept = scores.new_full((n_features,), -1.0), []
+    sizes = torch.frexp(budgets.double()).exponent
+    for size in sizes[budgets > 0].unique().tolist():
+        at = ((sizes == size) & (budgets > 0)).nonzero().squeeze(1)
+        budget = budgets[at, None]
+        most = min(int(budget.max()) + 1, n)
+        best = scores[:, at].T.topk(most, dim=1)
+        keep = (torch.arange(most, device=at.device) < budget) & (best.values > 0)
+        kept.append((best.indices * n_features + at[:, None])[keep])
+        values = torch.nn.functional.pad(best.values.clamp_min(0), (0, 1))  # the row after the last one: zero
+        edges[at] = (values.gather(1, budget - 1) + values.gather(1, budget)).squeeze(1) / 2
+    entry = torch.cat(kept).sort().values if kept else budgets.new_zeros(0)
+    return _pattern_of_flat(entry, n, n_features), edges
+
+
 def _pattern_of_flat(entry: Tensor, n: int, n_features: int) -> Pattern:
     rows = torch.div(entry, n_features, rounding_mode="floor")
     offsets = torch.zeros(n + 1, dtype=torch.long, device=entry.device)
