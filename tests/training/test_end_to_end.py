@@ -190,7 +190,7 @@ def test_steps_take_whole_contexts_and_every_context_once_an_epoch(model, docume
             break
         assert batch.n_rows >= 70
         seen.append(batch)
-    everything = [b for b in source.batches()]
+    everything = list(source.batches())
     rows = torch.cat([b.input for b in everything])
     ours = torch.cat([b.input for b in [*seen, batch]])
     assert torch.equal(ours[: len(rows)], rows)
@@ -236,7 +236,7 @@ def test_a_killed_run_ends_with_the_same_bits(model, documents, tmp_path, arch: 
     assert logs[0] == logs[1]
     finished = train_end_to_end(dictionary_of(arch, seed=5), model, source, config(**options), tmp_path / "killed")
     assert torch.equal(finished.dictionary.state_dict()["W_dec"], theirs["W_dec"])
-    with pytest.raises(UnweaveError, match="kl_coefficient: there 1.0, now 0.5"):
+    with pytest.raises(UnweaveError, match=r"kl_coefficient: there 1\.0, now 0\.5"):
         train_end_to_end(dictionary_of(arch), model, source, config(kl_coefficient=0.5, **options), tmp_path / "killed")
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_is_refused(model, documents, tiny_model) -> None:
     other = LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
     with pytest.raises(UnweaveError, match="the source reads"):
         train_end_to_end(dictionary_of(), other, source, config())
-    with pytest.raises(UnweaveError, match="no block comes behind 'layers.3'"):
+    with pytest.raises(UnweaveError, match=r"no block comes behind 'layers\.3'"):
         late = text(model, documents, site="layers.3")
         train_end_to_end(dictionary_of(), model, late, config(downstream_coefficient=1.0))
     dictionary = dictionary_of()

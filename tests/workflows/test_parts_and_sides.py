@@ -125,7 +125,7 @@ def test_g_sae_from_the_command_line(tiny_model, corpus, tmp_path):
     small = ["--arch", "g_sae", "--k", "4", "--n-features", "96", "training.batch_size=128", "training.ring_rows=512"]
     small += ["evaluation.tokens=300", "evaluation.loss_tokens=100", "evaluation.n_bootstrap=20"]
     run = tmp_path / "run"
-    done = command("train", *data, *small, "source.side=gradient", "--out", run)
+    done = command("train", *data, *small, "--out", run)  # it asks for gradients by itself
     assert done.exit_code == 0, done.output
     assert "ce_loss_recovered" in done.stdout
     store = ActivationStore.open(run / "activations")
@@ -137,10 +137,21 @@ def test_g_sae_from_the_command_line(tiny_model, corpus, tmp_path):
     )
     both = [found.encode(store.rows(slice(200)).float(), side) for side in (None, store.sides(slice(200)).float())]
     assert not torch.equal(both[0].dense(), both[1].dense())
-    # Without gradients: one sentence, before any work. From a store that has none: likewise.
-    without = command("train", *data, *small, "--out", tmp_path / "without")
-    assert "g_sae is trained with side inputs" in str(without.exception)
-    assert not (tmp_path / "without").exists()
+
+
+def test_temporal_from_the_command_line(tiny_model, corpus, tmp_path):
+    data = ["--model", tiny_model, "--site", "layers.1", "--data", corpus, "--tokens", "2k", "--no-eval", "--no-index"]
+    data += ["source.context_size=32", "source.batch_tokens=256", "training.batch_size=128", "training.ring_rows=512"]
+    done = command("train", *data, "--arch", "temporal", "--k", "4", "--n-features", "96", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    store = ActivationStore.open(tmp_path / "run" / "activations")
+    assert store.provenance["side"] == "previous"
+    batch = store[:200]
+    for row in range(1, 200):
+        follows = batch.row_token[row] == batch.row_token[row - 1] + 1 and batch.meta.position[row] > 0
+        same_item = batch.items.item_of_token[batch.row_token[row]] == batch.items.item_of_token[batch.row_token[row - 1]]
+        expected = batch.input[row - 1] if follows and same_item else batch.input[row]
+        assert torch.equal(batch.side[row], expected)
 
 
 def test_a_store_keeps_its_gradients_for_later(tiny_model, corpus, tmp_path):

@@ -75,7 +75,7 @@ class Dictionary(nn.Module):
         betas: of Adam.
         linear_decoder: claims that ``decode(code)`` is ``code @ decoder_directions()`` plus a constant.
         learns_by_gradient: whether ``loss`` is differentiated; else the trainer hands its batches to ``absorb``.
-        needs_side: whether it can only be trained on rows with side inputs.
+        needs_side: the side inputs without which it cannot be trained, as ``source.side`` names them; or "".
         ordered_features: claims that features are not interchangeable (nested prefixes, groups, experts): with its
             features in another order the dictionary may do something else. Else parameters and buffers are permuted
             along every dimension of size n_features, and codes are permuted likewise.
@@ -97,7 +97,7 @@ class Dictionary(nn.Module):
     homogeneous: ClassVar[bool] = False
     scaled_codes: ClassVar[bool] = True
     bfloat16: ClassVar[bool] = False
-    needs_side: ClassVar[bool] = False
+    needs_side: ClassVar[str] = ""
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()
@@ -262,9 +262,10 @@ class Dictionary(nn.Module):
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
 
 
-def no_side(name: str) -> UnweaveError:
+def no_side(dictionary: Dictionary | type[Dictionary]) -> UnweaveError:
     """What to say where a dictionary that ``needs_side`` is given none."""
+    kind = dictionary.needs_side
     return UnweaveError(
-        f"{name} is trained with side inputs and the data has none. From a model's text: collect the activations with "
-        "source.side=gradient. From arrays: unweave.fit(rows, side=gradients, ...)"
+        f"{dictionary.name} is trained with side inputs ({kind}) and the data has none. From a model's text: collect "
+        f"the activations with source.side={kind}. From arrays: unweave.fit(rows, side=..., ...)"
     )

@@ -48,7 +48,7 @@ class GSAE(TopK):
         "Olmo et al. 2025, Features that make a difference: leveraging gradients for improved dictionary learning, "
         "NAACL Findings, arXiv:2411.10397"
     )
-    needs_side = True
+    needs_side = "gradient"
 
     gradient_norm: Tensor
 
@@ -81,7 +81,7 @@ class GSAE(TopK):
 
     def loss(self, batch: TrainingBatch) -> Loss:
         if batch.side is None and self.config.beta > 0:
-            raise no_side(self.name)
+            raise no_side(self)
         return self.loss_of(batch, self.encode(batch.input, batch.side))
 
     def _check_side(self, side: Tensor, n: int) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, model_validator
-from torch import Tensor, nn
+from pydantic import Field, PositiveFloat
+from torch import Tensor
 
 from unweave.codes import SparseCode
-from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._base import Loss, TrainingBatch, no_side
 from unweave.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
 from unweave.dictionaries.registry import register
 
@@ -22,21 +22,9 @@ class TemporalConfig(MatryoshkaConfig):
         temperature: what the cosines are divided by; the paper's formula has none, which is 1.
     """
 
-    subtract_bias: bool = False
     group_fractions: tuple[float, ...] = Field((0.2, 0.8), min_length=1)
     contrast_coefficient: float = Field(0.5, ge=0)
     temperature: PositiveFloat = 1.0
-
-    @model_validator(mode="after")
-    def _pairs(self) -> TemporalConfig:
-        if self.d_in != 2 * self.d_out:
-            raise ValueError(
-                f"rows are pairs [x_t, x_(t-1)] and the target is x_t: expected d_in = 2 d_out, found d_in = "
-                f"{self.d_in} and d_out = {self.d_out}. Give target=rows[:, :d]"
-            )
-        if self.subtract_bias:
-            raise ValueError("subtract_bias must be False: input and target have scales of their own")
-        return self
 
 
 @register("temporal")
@@ -48,32 +36,38 @@ class Temporal(Matryoshka):
     it. What goes on over many tokens (a topic, a language) then moves into the first group, and what belongs to one
     token into the others.
 
-    Input rows are pairs ``[x_t, x_(t-1)]`` (a token and the one before it), the target is ``x_t``. The code is that of
-    ``x_t`` alone: :meth:`encode` takes pairs, or plain rows ``x_t`` where there is no model of time to train. Pairs in
-    place of whole sequences, a batch threshold worked out for each side, and both sides learning are our choices.
+    The side input of a row is ``x_(t-1)``, the row of the token before it; the code is that of ``x_t`` alone, so a
+    trained dictionary takes plain rows. Pairs in place of whole sequences, a batch threshold worked out for each side,
+    and both sides learning are our choices.
     """
 
     Config = TemporalConfig
     citation = "Bhalla, Oesterling et al. 2025, Temporal sparse autoencoders, arXiv:2511.05541"
+    good_for = "telling what a text is about (slow features) from what a token is (fast ones)"
+    needs_side = "previous"
 
     def __init__(self, config: TemporalConfig) -> None:
         super().__init__(config)
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone())  # reads x_t
+        self.side_scale: Tensor
+        self.register_buffer("side_scale", torch.ones(()))  # side inputs come in their own units
 
-    def check_input(self, x: Tensor) -> Tensor:
-        if x.ndim == 2 and x.shape[1] == self.d_out:
-            x = F.pad(x, (0, self.d_out))
-        return super().check_input(x)
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor) -> None:
+        super().initialise(sample, target)
+        self.side_scale.copy_(sample.square().sum(1).mean().sqrt())
 
-    def centre(self, x: Tensor) -> Tensor:
-        return x[:, : self.d_out]
+    @torch.no_grad()
+    def initialise_side(self, side: Tensor) -> None:
+        self.side_scale.div_(side.square().sum(1).mean().sqrt().clamp_min(1e-12))
 
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
         loss = self.loss_of(batch, code)
         if self.config.contrast_coefficient == 0:
             return loss
-        now, before = self._high_level(code), self._high_level(self.encode(batch.input[:, self.d_out :]))
+        if batch.side is None:
+            raise no_side(self)
+        now, before = self._high_level(code), self._high_level(self.encode(batch.side * self.side_scale))
         alike = F.normalize(now, dim=1) @ F.normalize(before, dim=1).T / self.config.temperature
         contrast = (alike.logsumexp(1) + alike.logsumexp(0) - 2 * alike.diagonal()).mean() / 2
         total = loss.total + self.config.contrast_coefficient * contrast
@@ -85,11 +79,3 @@ class Temporal(Matryoshka):
         kept = code.indices < width
         out = code.values.new_zeros(len(code), width)
         return out.index_put((code.rows[kept], code.indices[kept].long()), code.values[kept])
-
-    @torch.no_grad()
-    def initialise(self, sample: Tensor, target: Tensor) -> None:
-        super().initialise(sample, target)
-        now = self.centre(sample)
-        # As if the bias were subtracted; and x_t is but a part of a row whose whole has unit norm.
-        self.W_enc.mul_((target.square().sum() / now.square().sum().clamp_min(1e-24)).sqrt())
-        self.b_enc.copy_(-now.mean(0) @ self.W_enc.T)

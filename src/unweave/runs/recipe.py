@@ -38,8 +38,8 @@ class SourceRecipe(Config):
         site: such as ``layers.12`` (the residual stream after block 12); ``unweave inspect MODEL`` lists them.
             Several joined into one row: ``layers.6+layers.12``, ``layers.2..6``, ``layers.*.mlp``.
         target_site: what to reconstruct, when it is not the site itself (a transcoder).
-        side: ``gradient`` also collects the gradient of the model's loss by what is reconstructed, for architectures
-            that are trained with it (g_sae).
+        side: what is collected beside each row, for architectures that are trained with it: ``gradient`` of the model's
+            loss by what is reconstructed (g_sae), or the row of the ``previous`` token (temporal).
         tokens: activation rows to collect.
         stream: make activations on the fly, without a store on disk.
         dtype: how the store keeps the rows: as the model computed them (None), or as ``int8``, half of bfloat16.
@@ -47,7 +47,7 @@ class SourceRecipe(Config):
 
     site: str
     target_site: str | None = None
-    side: Literal["gradient"] | None = None
+    side: Literal["gradient", "previous"] | None = None
     tokens: PositiveInt = 1_000_000
     context_size: PositiveInt = 128
     batch_tokens: PositiveInt = 2048

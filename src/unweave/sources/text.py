@@ -36,13 +36,16 @@ class TextSource(Source):
     (or the site), in the unmodified forward pass. This takes the whole model forward and from there back. The last
     token of a context predicts nothing, so its gradient at the residual stream is 0.
 
+    With ``side="previous"`` each row brings the one of the token before it in its context, or itself where that one
+    gives no row.
+
     A row's ``position`` counts the tokens of its document from 0, BOS not counted: an item that starts with BOS has
     ``start`` one below its first real token (so -1 for the first item of a document).
 
     Args:
         model: the language model. documents: what it reads; a list of texts works too. site: where rows are taken.
         target_site: where targets are taken (transcoders); None for the site itself.
-        side: "gradient" for the gradient of the model's loss beside each row, or None.
+        side: "gradient" or "previous", see above, or None.
         context_size: tokens per context, BOS included. batch_tokens: tokens per forward pass, padding included.
         bos: put BOS before each context; "auto" if the tokenizer has it.
         keep_special: keep the rows of BOS and other special tokens, whatever their norm.
@@ -114,9 +117,9 @@ class TextSource(Source):
             raise UnweaveError("batch_tokens and max_tokens must be at least 1")
         if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
             raise UnweaveError(f"max_norm_ratio must be above 1 (or None), found {self.max_norm_ratio}")
-        if self.side not in (None, "gradient"):
-            raise UnweaveError(f"side: expected 'gradient' or None, found {self.side!r}")
-        if self.side and self.model.dtype == torch.float16:
+        if self.side not in (None, "gradient", "previous"):
+            raise UnweaveError(f"side: expected 'gradient', 'previous' or None, found {self.side!r}")
+        if self.side == "gradient" and self.model.dtype == torch.float16:
             raise UnweaveError("gradients in float16 underflow: load the model in bfloat16 or float32")
 
     # ---- what a source says about itself --------------------------------------------------------------------------
@@ -131,7 +134,7 @@ class TextSource(Source):
 
     @property
     def d_side(self) -> int | None:
-        return self.d_out if self.side else None
+        return {None: None, "gradient": self.d_out, "previous": self.d_in}[self.side]
 
     def _part_widths(self, site: AnySite) -> list[int]:
         if site.name not in self._widths:
@@ -216,7 +219,11 @@ class TextSource(Source):
         self.dropped["special"] += 0 if self.keep_special else int(special.sum())
         inputs = join_parts(self.site, rows, keep)
         targets = inputs if self._tied else join_parts(self.target_site, rows, keep)
-        side = join_parts(self.target_site, gradients, keep) if self.side and gradients is not None else None
+        side = None
+        if self.side == "gradient" and gradients is not None:
+            side = join_parts(self.target_site, gradients, keep)
+        elif self.side == "previous":
+            side = join_parts(self.site, rows)[_previous(items, keep)[keep]]
         return ActivationBatch(inputs, targets, items, keep.nonzero().squeeze(1), side)
 
     def forget_dropped(self) -> None:
@@ -236,7 +243,7 @@ class TextSource(Source):
     @property
     def gradient_sites(self) -> list[Site]:
         """The parts whose gradients become side inputs."""
-        return list(self.target_site.parts) if self.side else []
+        return list(self.target_site.parts) if self.side == "gradient" else []
 
     @property
     def _tied(self) -> bool:
@@ -272,6 +279,13 @@ class TextSource(Source):
             assert self.max_norm_ratio is not None
             high |= _norms(rows[name]) > self.max_norm_ratio * median  # NaN rows stay: harvest names them
         return high
+
+
+def _previous(items: Items, keep: Tensor) -> Tensor:
+    """``(n_tokens,)``: the token before each in its item, or itself where there is none that gives a row."""
+    here = torch.arange(items.n_tokens)
+    before = (here - 1).clamp_min(0)
+    return torch.where((items.item_of_token[before] == items.item_of_token) & keep[before], before, here)
 
 
 def _norms(rows: Tensor) -> Tensor:

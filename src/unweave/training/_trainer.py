@@ -74,7 +74,7 @@ class Trainer:
         target = x if same else sample.target.to(self.device).float()
         self._check_widths(x, target)
         if self.dictionary.needs_side and sample.side is None:
-            raise no_side(self.dictionary.name)
+            raise no_side(self.dictionary)
         norms = x.double().norm(dim=1)
         rms = float(norms.square().mean().sqrt())
         self.input_norms = {"rms": rms, "median": float(norms.median()), "largest": float(norms.max())}

@@ -37,7 +37,7 @@ class Pipeline:
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, say: Say = print) -> None:
-        self.recipe, self.folder, self.say = recipe, Path(folder), say
+        self.recipe, self.folder, self.say = _with_side(recipe), Path(folder), say
         self._remeasure = False
         if (self.folder / "recipe.yaml").is_file():
             self._compare_recipes(Recipe.of_run(self.folder))
@@ -290,12 +290,22 @@ def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> D
     wanted = recipe.dictionary
     kind, options = get(wanted.arch), dict(wanted.options)
     if kind.needs_side and recipe.source.side is None:
-        raise no_side(kind.name)
+        raise no_side(kind)
     if recipe.source.target_site:
         options.setdefault("subtract_bias", False)
     options |= parts_option(kind, origin, options)
     widths = {"d_in": origin.d_in, "d_out": origin.d_out, "n_features": wanted.width(origin.d_in)}
     return kind.Config(**widths, **options)
+
+
+def _with_side(recipe: Recipe) -> Recipe:
+    """The recipe with the side inputs its architecture cannot do without, where it collects its own activations."""
+    from unweave.dictionaries import get
+
+    kind = get(recipe.dictionary.arch)
+    if not kind.needs_side or recipe.source.side is not None or recipe.store is not None:
+        return recipe
+    return recipe.replace(source=recipe.source.replace(side=kind.needs_side))
 
 
 def harvest_sites(
