@@ -155,7 +155,7 @@ def test_several_sites_from_one_pass(model, texts, tmp_path):
 
 
 def test_what_has_no_gradient_is_refused(tiny_model, model, texts):
-    with pytest.raises(UnweaveError, match="side: expected 'gradient' or None, found 'hessian'"):
+    with pytest.raises(UnweaveError, match="side: expected 'gradient', 'previous' or None, found 'hessian'"):
         TextSource(model, texts, "layers.1", side="hessian")
     with pytest.raises(UnweaveError, match="gradients in float16 underflow"):
         TextSource(load(tiny_model, "float16"), texts, "layers.1", side="gradient")

@@ -149,8 +149,8 @@ def test_temporal_from_the_command_line(tiny_model, corpus, tmp_path):
     batch = store[:200]
     for row in range(1, 200):
         follows = batch.row_token[row] == batch.row_token[row - 1] + 1 and batch.meta.position[row] > 0
-        same_item = batch.items.item_of_token[batch.row_token[row]] == batch.items.item_of_token[batch.row_token[row - 1]]
-        expected = batch.input[row - 1] if follows and same_item else batch.input[row]
+        item, item_before = batch.items.item_of_token[batch.row_token[[row, row - 1]]]
+        expected = batch.input[row - 1] if follows and item == item_before else batch.input[row]
         assert torch.equal(batch.side[row], expected)
 
 
