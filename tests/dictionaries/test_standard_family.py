@@ -40,7 +40,7 @@ REDUCTIONS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any
     "group_max(groups of one) = topk(all)": (("group_max", {"k": 40}), ("topk", {"k": 40})),
     "p_anneal(p = 1) = relu": (
         ("p_anneal", {"p_end": 1.0, "sparsity_coefficient": 0.04}),
-        ("relu", {"variant": "standard", "l1_coefficient": 0.04, "subtract_bias": True}),
+        ("relu", {"variant": "standard", "l1_coefficient": 0.04}),
     ),
     "matryoshka_topk(one group) = topk": (("matryoshka_topk", {"k": 5, "group_fractions": (1.0,)}), ("topk", {"k": 5})),
     "matryoshka_jumprelu(one group) = jumprelu": (
@@ -131,6 +131,14 @@ def test_it_is_another_one_in_disguise(case: str) -> None:
     plain.eval()
     disguised.eval()
     torch.testing.assert_close(disguised.encode(x).dense(), plain.encode(x).dense())
+
+
+def test_only_the_standard_relu_subtracts_the_bias_of_an_autoencoder() -> None:
+    assert build("relu", 12, 40, variant="standard").config.subtract_bias
+    assert not build("relu", 12, 40).config.subtract_bias
+    assert not build("relu", 12, 40, d_out=7, variant="standard").config.subtract_bias
+    config = build("relu", 12, 40, variant="standard", subtract_bias=False).config
+    assert not type(config).from_json(config.to_json()).subtract_bias
 
 
 BAD = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Backward, Step
@@ -21,6 +21,7 @@ class ReLUConfig(LinearConfig):
     Attributes:
         variant: "april" leaves the decoder norms free and weighs the penalty with them (Anthropic, April 2024);
             "standard" keeps unit-norm atoms and subtracts the decoder bias (Bricken et al. 2023).
+        subtract_bias: when not given, False for april; for standard True where d_in is d_out.
         l1_coefficient: for inputs scaled to E||x||^2 = 1. None: 5 / sqrt(d_in) for april (5 at E||x|| = sqrt(d)),
             0.04 for standard.
         l1_warmup: share of training over which the penalty rises from 0.
@@ -30,6 +31,13 @@ class ReLUConfig(LinearConfig):
     subtract_bias: bool = False
     l1_coefficient: PositiveFloat | None = None
     l1_warmup: float = Field(0.05, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _standard_subtracts(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("variant") == "standard" and "subtract_bias" not in values:
+            return {**values, "subtract_bias": values.get("d_in") == values.get("d_out")}
+        return values
 
 
 @register("relu")
