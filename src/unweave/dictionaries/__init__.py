@@ -12,6 +12,7 @@ from unweave.dictionaries.matryoshka import Matryoshka as Matryoshka
 from unweave.dictionaries.mp import MP as MP
 from unweave.dictionaries.omp import OMP as OMP
 from unweave.dictionaries.poly import PolyBatchTopK as PolyBatchTopK
+from unweave.dictionaries.poly import PolyMatryoshka as PolyMatryoshka
 from unweave.dictionaries.poly import PolyTopK as PolyTopK
 from unweave.dictionaries.registry import build as build
 from unweave.dictionaries.registry import get as get
