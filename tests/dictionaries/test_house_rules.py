@@ -18,6 +18,7 @@ OPTIONS = {
     "top_afa": {},
     "poly_topk": {"k": 3},
     "poly_batch_topk": {"k": 3},
+    "poly_matryoshka": {"k": 3, "group_fractions": (0.25, 0.75)},
 }
 ARCHS = list(OPTIONS)
 

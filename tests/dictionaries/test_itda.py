@@ -155,6 +155,27 @@ def test_two_views_of_the_same_rows_are_more_alike_than_views_of_different_layer
     assert same > apart + 0.2
 
 
+# Measured over 4 seeds, all on the diagonal: 0.49 to 0.73 on it, 0.26 to 0.50 beside it.
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_layers_of_two_models_find_each_other(seed: int) -> None:
+    """Four layers of a random residual network, seen twice: rotated at random, with 5 % of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [rows(seed=10 + seed)]
+    for _ in range(3):
+        W = torch.randn(32, 32, generator=generator, dtype=torch.float64) / 32**0.5
+        layers.append(layers[-1] + torch.tanh(2 * layers[-1] @ W))
+
+    def seen(x: Tensor) -> ITDA:
+        rotation = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.05 * x.norm(dim=1).mean() / 32**0.5
+        return built((x + noise) @ rotation, batch=50)
+
+    first, second = [seen(x) for x in layers], [seen(x) for x in layers]
+    scores = torch.tensor([[jaccard(a, b) for b in second] for a in first])
+    assert scores.argmax(1).tolist() == scores.argmax(0).tolist() == [0, 1, 2, 3]
+
+
 def test_fit_says_how_many_atoms_it_has() -> None:
     x = rows(1000).float()
     dictionary = unweave.fit(x, "itda", n_features=300, k=8, tau=0.16, epochs=1, batch_size=100)

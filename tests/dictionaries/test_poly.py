@@ -30,7 +30,7 @@ def x() -> Tensor:
     return torch.randn(64, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / D**0.5
 
 
-@pytest.mark.parametrize("base", ["topk", "batch_topk"])
+@pytest.mark.parametrize("base", ["topk", "batch_topk", "matryoshka"])
 def test_without_squares_and_cubes_it_is_the_base(base: str, x: Tensor) -> None:
     poly = made(f"poly_{base}", lambda2=0.0, lambda3=0.0).train()
     plain = build(base, D, M, k=K).double().train()
@@ -44,6 +44,15 @@ def test_without_squares_and_cubes_it_is_the_base(base: str, x: Tensor) -> None:
     torch.testing.assert_close(losses[0].reconstruction, losses[1].reconstruction)
     grads = [torch.autograd.grad(loss.total, [d.W_enc, d.b_dec]) for loss, d in zip(losses, (poly, plain))]
     torch.testing.assert_close(*grads)
+
+
+def test_one_group_is_poly_batch_topk(x: Tensor) -> None:
+    one, plain = made("poly_matryoshka", group_fractions=(1.0,)).train(), made("poly_batch_topk").train()
+    plain.load_state_dict(one.state_dict())
+    losses = [d.loss(TrainingBatch(x, x, torch.arange(M) % 3 == 0)).total for d in (one, plain)]
+    torch.testing.assert_close(*losses)
+    for a, b in zip(*(torch.autograd.grad(t, list(d.parameters())) for t, d in zip(losses, (one, plain)))):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_tensors_it_stands_for_give_its_output(x: Tensor) -> None:
@@ -149,17 +158,20 @@ def linear_fvu(z: Tensor, x: Tensor) -> float:
     return float(left.square().sum() / (x - x.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_with_the_true_codes_it_learns_a_planted_interaction(seed: int) -> None:
+# Measured over 5 seeds: linear least squares 0.253 to 0.269; after 2000 steps POLY, after 1200 up to 0.060.
+@pytest.mark.parametrize(
+    ("seed", "n_steps"), [(0, 1200), *(pytest.param(seed, 2000, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+)
+def test_with_the_true_codes_it_learns_a_planted_interaction(seed: int, n_steps: int) -> None:
     z, x = planted(seed)
     torch.manual_seed(seed)
     dictionary = build("poly_topk", 32, 64, k=4, rank=40, rank2=40, rank3=8)
     free = [p for name, p in dictionary.named_parameters() if name not in ("W_enc", "b_enc")]
     optimiser = torch.optim.Adam(free, lr=3e-2)
-    n_steps, generator = 1500, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(n_steps):
         optimiser.param_groups[0]["lr"] = 3e-2 * (1 - step / n_steps)
-        batch = torch.randint(len(z), (256,), generator=generator)
+        batch = torch.randint(len(z), (128,), generator=generator)
         code = SparseCode.from_dense(z[batch])
         loss = (dictionary.decode(code) - x[batch]).square().sum(1).mean()
         optimiser.zero_grad()

@@ -40,6 +40,7 @@ from unweave.dictionaries.omp import OMP as OMP
 from unweave.dictionaries.ort import Ort as Ort
 from unweave.dictionaries.p_anneal import PAnneal as PAnneal
 from unweave.dictionaries.poly import PolyBatchTopK as PolyBatchTopK
+from unweave.dictionaries.poly import PolyMatryoshka as PolyMatryoshka
 from unweave.dictionaries.poly import PolyTopK as PolyTopK
 from unweave.dictionaries.registry import build as build
 from unweave.dictionaries.registry import get as get

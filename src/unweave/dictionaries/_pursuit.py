@@ -116,7 +116,7 @@ class PursuitDictionary(Dictionary):
     def decoder_directions(self) -> Tensor:
         return self.W_dec.detach()
 
-    def end(self) -> float | None:
+    def stop_at(self) -> float | None:
         """The residual norm at which a row is done, in the units of the rows."""
         tolerance = float(self.tolerance)
         return tolerance if tolerance >= 0 else None

@@ -15,7 +15,7 @@ from unweave.dictionaries.registry import register
 from unweave.errors import UnweaveError
 from unweave.kernels.pattern import Pattern
 
-_SAME = 1e-5  # 1 - cosine below which two rows are one and the same, up to float32's rounding
+_SAME = 1e-5  # 1 - |cosine| below which two rows are one atom, up to the rounding of stored activations
 
 
 class ITDAConfig(PursuitConfig):
@@ -49,8 +49,8 @@ class ITDA(MatchingDictionary):
 
     All rows of a batch are judged by the dictionary as it was before the batch; of rows that are equal up to rounding
     only the first is taken (our choice; the paper filters duplicates afterwards and does not say how). ``source`` holds
-    the number of a row in the stream of training rows, counted from 0, which names the same row in two trainings of one
-    seed, batch size and number of rows. One pass is enough: rows that come again are known by then.
+    the number of a row in the stream of training rows, counted from 0, which names the same row in two trainings with
+    the same options. One pass is enough: rows that come again are known by then.
     """
 
     Config = ITDAConfig
@@ -104,7 +104,7 @@ class ITDA(MatchingDictionary):
         """The rows of a batch that are no atoms yet, one of each kind, the most frequent first."""
         new = (x.norm(dim=1) > 0).nonzero().squeeze(1)
         known = F.normalize(x[new], dim=1) @ self.W_dec[: int(self.size)].T
-        new = new[(known < 1 - _SAME).all(dim=1)]
+        new = new[(known.abs() < 1 - _SAME).all(dim=1)]
         same = _same(x[new])
         first, counts = _first_of_its_kind(x[new]), same.sum(1)
         return new[first[counts[first].argsort(descending=True, stable=True)]]
@@ -123,16 +123,19 @@ class ITDA(MatchingDictionary):
 
 def _same(x: Tensor) -> Tensor:
     unit = F.normalize(x, dim=1)
-    return unit @ unit.T > 1 - _SAME
+    return (unit @ unit.T).abs() > 1 - _SAME
 
 
 def _first_of_its_kind(x: Tensor) -> Tensor:
-    """Of the rows that point the same way the first each."""
+    """Of the rows on one line through the origin the first each."""
     return (~_same(x).tril(-1).any(dim=1)).nonzero().squeeze(1)
 
 
 def jaccard(first: ITDA | Sequence[ITDA], second: ITDA | Sequence[ITDA]) -> float:
     """``|A and B| / |A or B|`` of the rows two dictionaries chose from the same data; nan where neither chose any.
+
+    Unrelated activations do not score 0: the first batch is judged by hardly any atoms, and most of its rows are taken
+    whatever they are. Compare scores with each other, and keep batches small beside the size of the dictionary.
 
     Args:
         first, second: a dictionary, or those of the layers of a model, whose rows are taken together.

@@ -77,7 +77,7 @@ class MP(MatchingDictionary):
     def _match(self, rows: Tensor, W: Tensor, trail: Tensor | None) -> tuple[Pattern, Tensor]:
         rows, repeat = rows.detach(), self.config.variant == "adaptive"
         return pursuit_ops(W).matching_pursuit(
-            rows, W, self.config.k, until_repeat=repeat, tolerance=self.end(), trail=trail
+            rows, W, self.config.k, until_repeat=repeat, tolerance=self.stop_at(), trail=trail
         )
 
     def loss(self, batch: TrainingBatch) -> Loss:

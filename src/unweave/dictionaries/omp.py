@@ -45,7 +45,7 @@ class OMP(PursuitDictionary):
         super().__init__(config, bias=config.subtract_bias, tolerance=config.tolerance)
 
     def pursue(self, rows: Tensor) -> tuple[Pattern, Tensor]:
-        W, k, tolerance = self.W_dec.detach(), self.config.k, self.end()
+        W, k, tolerance = self.W_dec.detach(), self.config.k, self.stop_at()
         if self.config.nonnegative:
             return nonnegative_pursuit(rows, W, k, tolerance=tolerance)
         return pursuit_ops(W).orthogonal_matching_pursuit(rows, W, k, tolerance=tolerance)

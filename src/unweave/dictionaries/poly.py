@@ -14,10 +14,12 @@ from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._linear import LinearDictionary
 from unweave.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from unweave.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.topk import TopK, TopKConfig
 from unweave.errors import UnweaveError
 from unweave.kernels.autograd import sparse_decode
+from unweave.kernels.prefixes.reference import group_of
 
 _ROOM = 2**24  # numbers worked on at a time when all pairs are looked at
 
@@ -53,6 +55,10 @@ class PolyTopKConfig(TopKConfig):
 
 
 class PolyBatchTopKConfig(PolyTopKConfig, BatchTopKConfig):
+    """Fields of both."""
+
+
+class PolyMatryoshkaConfig(PolyTopKConfig, MatryoshkaConfig):
     """Fields of both."""
 
 
@@ -98,12 +104,12 @@ class _Polynomial(LinearDictionary):
 
     def polynomial(self, a: Tensor) -> Tensor:
         """``(n, d_out)`` from ``a = z U (n, rank)``, without the bias."""
-        second, third = self._weights
+        second, third = self._units
         square, cube = a[:, : self.C2.shape[1]].square(), a[:, : self.C3.shape[1]].pow(3)
         return a @ self.C1.T + second * (square @ self.C2.T) + third * (cube @ self.C3.T)
 
     @property
-    def _weights(self) -> tuple[Tensor, Tensor]:
+    def _units(self) -> tuple[Tensor, Tensor]:
         """Of the squares and the cubes: the paper's lambdas are for rows of squared norm d, ours have 1."""
         return self.lambda2 * self.d_out**0.5, self.lambda3 * self.d_out
 
@@ -115,9 +121,12 @@ class _Polynomial(LinearDictionary):
         reconstruction = self.decode(code)
         residual = batch.target - reconstruction
         mse = residual.square().sum(1).mean()
+        return self._with_auxk(mse, mse, residual, code, batch)
+
+    def _with_auxk(self, fit: Tensor, mse: Tensor, residual: Tensor, code: SparseCode, batch: TrainingBatch) -> Loss:
         auxk = auxk_loss(self, batch.input, residual, batch.dead, self.config.k_aux or max(1, self.d_in // 2))
-        total = mse + self.config.auxk_coefficient * auxk
-        return Loss(total, {"mse": mse.detach(), "auxk": auxk.detach()}, code.detach(), reconstruction.detach())
+        terms = {"mse": mse.detach(), "auxk": auxk.detach()}
+        return Loss(fit + self.config.auxk_coefficient * auxk, terms, code.detach(), (batch.target - residual).detach())
 
     @torch.no_grad()
     def after_step(self, loss: Loss, progress: float) -> None:
@@ -141,7 +150,7 @@ class _Polynomial(LinearDictionary):
         cubic part only three features say what it is.
         """
         rank = self.C2.shape[1]
-        entry = self._weights[0] * self.C2 @ (self.U[i, :rank] * self.U[j, :rank])
+        entry = self._units[0] * self.C2 @ (self.U[i, :rank] * self.U[j, :rank])
         return entry if i == j else 2 * entry
 
     @torch.no_grad()
@@ -191,6 +200,29 @@ class PolyBatchTopK(_Polynomial, BatchTopK):
 
     Config = PolyBatchTopKConfig
     citation = PolyTopK.citation
+
+
+@register("poly_matryoshka")
+class PolyMatryoshka(_Polynomial, Matryoshka):
+    """Matryoshka with the polynomial decoder of poly_topk: every prefix of the features is decoded by the polynomial.
+
+    (The reference decodes prefixes by a linear decoder that nothing else trains.)
+    """
+
+    Config = PolyMatryoshkaConfig
+    citation = PolyTopK.citation
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        code = self.encode(batch.input)
+        ends, weights = self._prefixes()
+        group, a = group_of(code.pattern, ends), self.U.new_zeros(())
+        residual = mse = fit = a
+        for number, weight in enumerate(weights):
+            a = a + sparse_decode(code.values * (group == number), self.U, code.pattern)
+            residual = batch.target - self.polynomial(a) - self.b_dec
+            mse = residual.square().sum(1).mean()
+            fit = fit + weight * mse
+        return self._with_auxk(fit, mse, residual, code, batch)
 
 
 def retract(U: Tensor) -> Tensor:
