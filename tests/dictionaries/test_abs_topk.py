@@ -89,14 +89,14 @@ def test_one_feature_serves_both_directions_of_an_axis(seed: int, caplog: pytest
     assert not caplog.records  # negative codes count as firing: nothing is called dead
 
 
-# BATCHMEASURED
+# Over 3 seeds FVU 0.027 to 0.030, L0 2.96 to 2.97, half of the codes negative, no twins.
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_so_does_the_batch_form_with_a_threshold_after_training(seed: int, tmp_path) -> None:
     rows = axes_in(seed, 6000)
     options = {"n_features": 40, "k": 3, "batch_size": 256, "n_rows": 256 * 500, "seed": seed}
     dictionary = unweave.training.fit(rows, "batch_abs_topk", **options)
     code = dictionary.encode(rows)
-    assert fvu(rows, dictionary(rows).detach()) < 0.15
+    assert fvu(rows, dictionary(rows).detach()) < 0.06
     assert abs(float(code.l0().double().mean()) - 3) < 0.08 * 3
     assert 0.3 < float((code.values < 0).double().mean()) < 0.7
     assert float(code.values.detach().abs().min()) > float(dictionary.threshold) > 0

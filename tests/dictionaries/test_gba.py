@@ -102,12 +102,15 @@ def test_biases_stay_between_minus_one_and_zero():
     assert (low, high) == (-1.0, 0.0)
 
 
-# 64 features in 32 dimensions, 3 a row (f = 0.047), 256 neurons, 512 rows a step, lr 3e-3, biases adapted every 25
-# steps; share of the features found at a cosine of 0.8. MEASURED
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+# 64 features in 32 dimensions, 3 a row (f = 0.047), 256 neurons, 2,000 steps of 512 rows, lr 3e-3, biases adapted every
+# 25 steps; share of the features found at cosines of 0.8 / 0.9 / 0.95:
+# MEASURED
+# Early on the ReLU finds them too (0.92 at 0.8 after 500 steps), and loses them again.
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_jump_finds_features_and_the_relu_does_not(seed: int):
     planted = PlantedFeatures.gaussian(64, 32, 3, seed)
-    x, _ = planted.sample(20_000, seed)
+    x, _ = planted.sample(30_000, seed)
     f = planted.frequency
     found = {}
     for name, options in {
@@ -115,12 +118,11 @@ def test_the_jump_finds_features_and_the_relu_does_not(seed: int):
         "relu": {"n_groups": 1, "highest_frequency": f, "gate": "relu"},
         "wrong band": {"highest_frequency": 0.9, "lowest_frequency": 0.3},
     }.items():
-        options = {"lowest_frequency": options["highest_frequency"], **options}
-        dictionary = trained(x, seed, 500, **options)
-        found[name] = recovered(dictionary.decoder_directions(), planted.directions, 0.8)
+        dictionary = trained(x, seed, 2000, **{"lowest_frequency": 1e-3, **options})
+        found[name] = recovered(dictionary.decoder_directions(), planted.directions, 0.9)
     assert found["jump"] > 0.9
-    assert found["relu"] < 0.4
-    assert found["wrong band"] < 0.3
+    assert found["relu"] < 0.3
+    assert found["wrong band"] < 0.1
 
 
 def trained(x: torch.Tensor, seed: int, steps: int, **options) -> Dictionary:
@@ -130,7 +132,7 @@ def trained(x: torch.Tensor, seed: int, steps: int, **options) -> Dictionary:
 
 @pytest.mark.slow
 def test_frequencies_end_below_their_targets():
-    """On 2,000 steps every live neuron of each of 3 seeds was at most a tenth above (95 % asked for)."""
+    """After 2,000 steps every live neuron of seed 0 was at most a tenth above (95 % asked for)."""
     planted = PlantedFeatures.gaussian(64, 32, 3, 0)
     x, _ = planted.sample(30_000, 0)
     dictionary = trained(x, 0, 2000)

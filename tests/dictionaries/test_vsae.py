@@ -20,7 +20,8 @@ from unweave.training import TrainingConfig, train
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"variance": "learned", "initial_log_variance": -2.0, "log_variance_range": (-6.0, 2.0)},
-    {"selection": "magnitude", "relu_mean": True, "kl_on": "selected"},
+    {"selection": "magnitude", "relu_mean": True, "kl_on": "selected", "scale_kl": True},
+    {"unit_atoms": True, "auxk_coefficient": 0.0},
 ]
 
 
@@ -66,7 +67,8 @@ def test_the_loss_is_that_of_the_equations(variant: dict[str, Any]):
     mask = torch.zeros_like(mu).scatter(1, best, 1.0)
     z = mask * (sampled if signed else sampled.relu())
     kl = gaussian_kl(mu / s, log_variance) * (mask if config.kl_on == "selected" else 1.0)
-    total = (x - z @ dictionary.W_dec - dictionary.b_dec).square().sum(1).mean() + 3 * s**2 * kl.sum(1).mean()
+    factor = 3 * s**2 * (dictionary.W_dec.norm(dim=1).mean() if config.scale_kl else 1.0)
+    total = (x - z @ dictionary.W_dec - dictionary.b_dec).square().sum(1).mean() + factor * kl.sum(1).mean()
     torch.testing.assert_close(loss.code.dense(), z.detach())
     torch.testing.assert_close(loss.total, total)
     for mine, theirs in zip(ours, torch.autograd.grad(total, list(dictionary.parameters()))):
@@ -115,7 +117,11 @@ def test_the_gradient_reaches_sigma_through_the_sample():
 
 def test_without_divergence_and_variance_it_is_topk():
     """The loss, its gradients, and a whole training (whose last digits the two engines round differently)."""
-    quiet, plain, x = make(beta=0.0, prior_std=1e-12), build("topk", 12, 40, k=5).double().train(), rows()
+    quiet, plain, x = (
+        make(beta=0.0, prior_std=1e-12, unit_atoms=True),
+        build("topk", 12, 40, k=5).double().train(),
+        rows(),
+    )
     plain.load_state_dict({n: t for n, t in quiet.state_dict().items() if n in plain.state_dict()})
     dead = torch.arange(40) % 4 == 0
     losses = [d.loss(TrainingBatch(x, x, dead)) for d in (quiet, plain)]
@@ -128,7 +134,7 @@ def test_without_divergence_and_variance_it_is_topk():
     shared = {"n_features": 40, "k": 3, "batch_size": 100, "n_rows": 4000, "engine": "autograd"}
     found = [
         unweave.fit(data, arch=arch, **shared, **options)
-        for arch, options in (("topk", {}), ("vsae", {"beta": 0.0, "prior_std": 1e-12}))
+        for arch, options in (("topk", {}), ("vsae", {"beta": 0.0, "prior_std": 1e-12, "unit_atoms": True}))
     ]
     torch.testing.assert_close(found[0].W_dec, found[1].W_dec, rtol=1e-3, atol=1e-3)
 
@@ -154,20 +160,23 @@ def planted(n: int, seed: int) -> Tensor:
     return ((torch.rand(n, 96, generator=g) < 4 * share / share.sum()) * (torch.rand(n, 96, generator=g) + 0.5)) @ atoms
 
 
-# Features of 256 that fire in 10,000 fresh rows. MEASURED
+# Features of 256 that fire in 10,000 fresh rows, seed 0: 129, 68, 39 for beta of 0.01, 0.1, 1, and 144 with the masked
+# KL at 1 (with unit atoms 103, 59, 38 and 217). That is the code the paper's counts come from, which does not sample.
+# With sampling, beta of 0.1 and more lets the means collapse (FVU 0.5 and up), and what fires then says nothing: 185,
+# 76, 230, 248 for beta of 0, 0.01, 0.1, 1.
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_more_divergence_leaves_fewer_features_alive(seed: int):
     x, fresh = planted(10_000, seed), planted(10_000, seed + 50)
 
     def living(**options: Any) -> int:
-        settings = {"n_features": 256, "k": 8, "batch_size": 256, "n_rows": 256 * 800, "auxk_coefficient": 0.0}
-        dictionary = unweave.fit(x, arch="vsae", seed=seed, **settings, **options)
+        settings = {"n_features": 256, "k": 8, "batch_size": 256, "n_rows": 256 * 400, "auxk_coefficient": 0.0}
+        dictionary = unweave.fit(x, arch="vsae", seed=seed, sampling=False, **settings, **options)
         return int((dictionary.encode(fresh).firing_counts() > 0).sum())
 
-    alive = [living(beta=beta) for beta in (1e-3, 0.1, 1.0)]
-    assert alive[0] > alive[1] > alive[2]
-    assert living(beta=1.0, kl_on="selected") > alive[2]
+    alive = [living(beta=beta) for beta in (0.01, 0.1, 1.0)]
+    assert alive[0] > 1.2 * alive[1] > 1.2**2 * alive[2]
+    assert living(beta=1.0, kl_on="selected") > 2 * alive[2]
 
 
 def test_a_killed_run_draws_the_same_noise(tmp_path):
