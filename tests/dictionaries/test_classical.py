@@ -113,28 +113,27 @@ def test_kmeans_with_more_prototypes_than_rows_leaves_some_out():
 
 
 def test_ica_recovers_independent_sources():
-    """Correlation of each source with its feature; over 5 seeds the worst one was above 0.99."""
+    """Correlation of each source with its feature; over 5 seeds the worst was 0.998."""
     for seed in range(2):
         g = torch.Generator().manual_seed(seed)
         sources = torch.rand(3000, 4, generator=g).sub(0.5)
         sources[:, 2:] = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(3000, 2, generator=g) * 0.998 + 0.001)
         x = sources @ torch.randn(4, 6, generator=g) + 3
         dictionary = learnt("ica", x, 9, batch=500)
-        code = dictionary.encode(x).dense()
+        code = dictionary.encode(x).dense().detach()
         assert int((code.abs().sum(0) > 0).sum()) == 4  # the rows have no more dimensions
         correlation = torch.corrcoef(torch.cat([sources, code[:, :4]], 1).T)[:4, 4:].abs()
-        assert float(correlation.max(1).values.min()) > 0.95
+        assert float(correlation.max(1).values.min()) > 0.99
         assert fvu(x, dictionary(x).detach()) < 1e-6
         assert torch.allclose(dictionary.decoder_directions()[:4].norm(dim=1), torch.ones(4), atol=1e-5)
 
 
 def test_nmf_recovers_planted_parts():
-    """Cosines of the planted parts with their atoms; over 5 seeds the smallest was above 0.98."""
+    """Cosines of the planted parts with their atoms; over 5 seeds 1.000, and FVU below 2e-8."""
     for seed in range(2):
         g = torch.Generator().manual_seed(seed)
         parts = torch.rand(5, 20, generator=g) * (torch.rand(5, 20, generator=g) < 0.3)
-        parts[torch.arange(5), torch.arange(5)] = 1.0  # a place of its own for each: then the parts are unique
-        parts[:, :5] = torch.eye(5)
+        parts[:, :5] = torch.eye(5)  # a place of its own for each: then the parts are unique
         x = (torch.rand(1500, 5, generator=g) * (torch.rand(1500, 5, generator=g) < 0.5)) @ parts
         dictionary = learnt("nmf", x, 5, batch=500)
         atoms = dictionary.decoder_directions()
@@ -142,8 +141,8 @@ def test_nmf_recovers_planted_parts():
         assert float(dictionary.b_dec.detach().abs().max()) == 0  # nothing is shifted where nothing is negative
         assert float(atoms.min()) >= 0
         assert float(code.values.min()) >= 0
-        assert float((F.normalize(parts, dim=1) @ atoms.T).max(1).values.min()) > 0.95
-        assert fvu(x, dictionary(x).detach()) < 0.01
+        assert float((F.normalize(parts, dim=1) @ atoms.T).max(1).values.min()) > 0.99
+        assert fvu(x, dictionary(x).detach()) < 1e-4
 
 
 def test_nmf_splits_rows_with_negative_entries():
@@ -152,7 +151,7 @@ def test_nmf_splits_rows_with_negative_entries():
     torch.testing.assert_close(dictionary.b_dec.detach(), x.mean(0), atol=1e-4, rtol=1e-4)
     assert float(dictionary.encode(x).values.min()) > 0
     assert float(dictionary.decoder_directions().min()) < 0
-    assert fvu(x, dictionary(x).detach()) < 0.1  # both directions of each axis: 0.01 to 0.05 over 3 seeds
+    assert fvu(x, dictionary(x).detach()) < 1e-3  # 16 features for both directions of 8 axes: 1e-13 over 5 seeds
 
 
 def test_nonnegative_codes_are_those_of_scipy():
@@ -206,7 +205,7 @@ def test_archetypes_lie_in_the_hull_of_the_data():
 
 def test_archetypal_analysis_finds_the_corners():
     """Rows inside a triangle in 5 dimensions, near its corners now and then. Largest distance of a corner to an
-    archetype, of sides of about 3: over 5 seeds below 0.15."""
+    archetype, of sides of about 3: over 5 seeds 0.005 to 0.053."""
     for seed in range(2):
         g = torch.Generator().manual_seed(seed)
         corners = torch.randn(3, 5, generator=g)
@@ -215,8 +214,8 @@ def test_archetypal_analysis_finds_the_corners():
         x = shares.sample((800,)) @ corners
         dictionary = learnt("archetypal", x, 3, batch=400)
         archetypes = dictionary.decoder_directions() + dictionary.b_dec
-        assert float(torch.cdist(corners, archetypes).min(1).values.max()) < 0.3
-        assert fvu(x, dictionary(x).detach()) < 0.01
+        assert float(torch.cdist(corners, archetypes).min(1).values.max()) < 0.15
+        assert fvu(x, dictionary(x).detach()) < 1e-3
 
 
 def test_sklearn_dictionary_codes_are_those_of_scikit_learn():
@@ -231,15 +230,17 @@ def test_sklearn_dictionary_codes_are_those_of_scikit_learn():
 
 
 def test_random_directions_are_the_floor():
-    """With as many features and k, everything that learns does better (FVU over 3 seeds in the comment below)."""
-    # random 0.26 to 0.40; pca 0.02; ica 0.09 to 0.22; sklearn_dictionary 0.05 to 0.06
+    """With as many features and k, everything that learns does better.
+
+    FVU over 5 seeds: random 0.34 to 0.58; pca 0.034 to 0.051; ica 0.007 to 0.009; sklearn_dictionary 0.030 to 0.046.
+    """
     x = rows()
     floor = learnt("random", x, 8, k=3)
     worst = fvu(x, floor(x).detach())
     assert 0.1 < worst < 0.9
     assert torch.allclose(floor.decoder_directions().norm(dim=1), torch.ones(8), atol=1e-6)
     for arch in ("pca", "ica", "sklearn_dictionary"):
-        assert fvu(x, learnt(arch, x, 8, k=3)(x).detach()) < worst, arch
+        assert fvu(x, learnt(arch, x, 8, k=3)(x).detach()) < worst / 3, arch
 
 
 # ---- all behind one interface ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._linear import LinearDictionary
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.topk import TopK, TopKConfig
 from unweave.kernels.autograd import sparse_encode
@@ -25,8 +26,12 @@ class VSAEConfig(TopKConfig):
         beta: weight of the KL divergence, in the paper's units (see the class).
         kl_warmup: share of training over which that weight rises from 0.
         variance: "fixed" at the prior's, or "learned" from the input.
+        sampling: draw the code in training. False is what the code behind the paper's numbers did (see the class).
         kl_on: "all" features, as written, or only the "selected" ones of each row (the masked-KL trainer).
         selection: the k largest by "value", as written, or by "magnitude", with signed values (the final trainer).
+        scale_kl: multiply the KL by the mean atom norm (the early trainer).
+        unit_atoms: keep atoms on the unit sphere and start as TopK does. As written atoms are free and start at norm
+            0.1: they have to shrink, or the noise of the k features that win drowns the rows.
         relu_mean: put the mean through a ReLU before sampling, as the released trainers do.
         prior_std: of the prior, in the units of the pre-activations. None: ``1 / sqrt(d_in)``, which is the paper's 1
             for inputs scaled to E||x||^2 = 1 rather than d_in.
@@ -37,8 +42,11 @@ class VSAEConfig(TopKConfig):
     beta: NonNegativeFloat = 1.0
     kl_warmup: float = Field(0.1, ge=0, le=1)
     variance: Literal["fixed", "learned"] = "fixed"
+    sampling: bool = True
     kl_on: Literal["all", "selected"] = "all"
     selection: Literal["value", "magnitude"] = "value"
+    scale_kl: bool = False
+    unit_atoms: bool = False
     relu_mean: bool = False
     prior_std: PositiveFloat | None = None
     initial_log_variance: float = 0.0
@@ -62,8 +70,8 @@ class VSAE(TopK):
 
     The authors' own erratum says that the checkpoints they evaluated had a fixed variance and, in that case, code that
     does not sample at all: TopK with an L2 penalty on activations, without AuxK, against a baseline with it. Here fixed
-    variance does sample, as the paper writes. Atoms stay on the unit sphere, so that with beta = 0 and s -> 0 this is
-    TopK to the letter; the early trainer's factor of the mean atom norm on the KL is then 1.
+    variance does sample, as the paper writes, unless ``sampling`` is off. With beta = 0, s -> 0 and unit atoms this is
+    TopK. After training atoms keep their free norms: taking them into the codes would change which k are largest.
     """
 
     Config = VSAEConfig
@@ -75,11 +83,26 @@ class VSAE(TopK):
         super().__init__(config)
         self.signed = config.selection == "magnitude"  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("std", torch.tensor(config.prior_std or config.d_in**-0.5))
+        if not config.unit_atoms:
+            with torch.no_grad():
+                self.W_dec.mul_(0.1)
+                self.W_enc.mul_(0.1)
         if config.variance == "learned":
             # Rows of unit norm are 1 / sqrt(d) of the paper's: sqrt(d) times its Kaiming start says the same of them.
             weights = torch.empty(config.n_features, config.d_in)
             self.W_var = nn.Parameter(nn.init.kaiming_uniform_(weights, a=5**0.5) * config.d_in**0.5)
             self.b_var = nn.Parameter(torch.full((config.n_features,), config.initial_log_variance))
+
+    @property
+    def unit_norm(self) -> bool:
+        return self.config.unit_atoms
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor) -> None:
+        if self.config.unit_atoms:
+            super().initialise(sample, target)
+        else:
+            LinearDictionary.initialise(self, sample, target)  # the encoder stays the decoder's transpose
 
     def rule(self) -> Rule:
         return TopKRule(self.config.k, signed=self.signed and not self.config.relu_mean)
@@ -97,7 +120,7 @@ class VSAE(TopK):
         """The entries of a sampled code of centred rows, its values, and the means at the entries, ``(nnz,)`` each."""
         with torch.no_grad():
             scores = F.linear(x, self.W_enc, self.b_enc)
-            noise = torch.randn_like(scores) * self.std
+            noise = torch.randn_like(scores) * self.std if self.config.sampling else torch.zeros_like(scores)
             if self.config.variance == "learned":
                 log_variance = F.linear(x, self.W_var, self.b_var)
                 noise_scale = (self._clamped(log_variance) / 2).exp()
@@ -122,6 +145,7 @@ class VSAE(TopK):
         mse = residual.square().sum(1).mean()
         auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux, signed=self.signed)
         kl = self._kl(x, pattern, means) / max(1, len(x)) if config.beta else mse.new_zeros(())
+        kl = kl * self.W_dec.norm(dim=1).mean() if config.scale_kl else kl
         warm = min(1.0, batch.progress / config.kl_warmup) if config.kl_warmup else 1.0
         total = mse + config.auxk_coefficient * auxk + config.beta * warm * self.std.square() * kl
         terms = {"mse": mse.detach(), "auxk": auxk.detach(), "kl": kl.detach()}

@@ -50,6 +50,7 @@ class SklearnDictionary(Classical, AtomDictionary):
             batch_size=min(config.batch_size, len(rows)),
             max_iter=config.max_iter,
             fit_algorithm="cd",
+            transform_max_iter=10_000,
             random_state=int(self.seed),
         ).fit((rows - mean).numpy())
         self.set_atoms(F.normalize(torch.from_numpy(fitted.components_).to(mean), dim=1), mean)
