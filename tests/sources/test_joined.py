@@ -58,6 +58,7 @@ def test_stores_join_as_their_sources_do_and_train(model, texts, tmp_path):
     assert torch.equal(together[: live.n_rows].input, live.input)
     found = unweave.fit(joined, "g_sae", n_features=80, k=4, n_rows=2000, batch_size=100)
     assert found.d_in == 64
+    assert unweave.evaluate(found, joined, n_rows=200, n_bootstrap=5, progress=False).metrics["fvu"].value < 1.5
 
 
 def test_targets_are_joined_where_there_are_any():
@@ -65,6 +66,8 @@ def test_targets_are_joined_where_there_are_any():
     (batch,) = JoinedSource([ArraySource(x, y), ArraySource(y)]).batches()
     assert torch.equal(batch.input, torch.cat([x, y], 1))
     assert torch.equal(batch.target, torch.cat([y, y], 1))
+    found = unweave.fit(JoinedSource([ArraySource(x, y), ArraySource(y)]), "topk", k=1, n_rows=500, batch_size=50)
+    assert (found.d_in, found.d_out, found.config.subtract_bias) == (5, 4, False)
 
 
 def test_other_text_is_refused(model, texts, documents):

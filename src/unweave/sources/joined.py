@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from unweave.batch import ActivationBatch
 from unweave.errors import UnweaveError
 from unweave.sources._base import Source
 from unweave.sources.composite import parts_facts
-
-if TYPE_CHECKING:
-    from unweave.activations.store import ActivationStore
 
 
 class JoinedSource(Source):
@@ -29,14 +26,14 @@ class JoinedSource(Source):
     source ends with the shortest.
 
     Args:
-        sources: two or more.
+        sources: two or more sources or :class:`~unweave.activations.ActivationStore`.
 
     Raises:
         UnweaveError: for fewer than two sources; where only some have side inputs; while iterating, at the first
             batch whose tokens are not the same in all.
     """
 
-    def __init__(self, sources: Sequence[Source | ActivationStore]) -> None:
+    def __init__(self, sources: Sequence[Any]) -> None:
         self.joined = list(sources)
         if len(self.joined) < 2:
             raise UnweaveError(f"JoinedSource: expected two sources or more, found {len(self.joined)}")
@@ -55,6 +52,12 @@ class JoinedSource(Source):
     def d_side(self) -> int | None:
         widths = [_d_side(source) for source in self.joined]
         return None if widths[0] is None else sum(width or 0 for width in widths)
+
+    @cached_property
+    def has_target(self) -> bool:
+        """Whether targets are something other than the inputs; the first batch says it."""
+        first = next(self.batches(), None)
+        return first is not None and first.target is not first.input
 
     @property
     def provenance(self) -> dict[str, Any]:
