@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unweave.errors import UnweaveError
 from unweave.sources import _loading
 from unweave.sources._token_bytes import token_bytes
+from unweave.sources.chats import ChatTemplate
 from unweave.sources.sites import Site, capture, find_blocks, find_site, list_sites
 
 _FINAL_NORM_NAMES = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "ln_out")
@@ -173,6 +174,19 @@ class LanguageModel:
             verbose=False,  # no warning that a document is longer than a context
         )
         return encoded["input_ids"]
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How the model wants dialogues.
+
+        Raises:
+            UnweaveError: when its tokenizer has no chat template.
+        """
+        return ChatTemplate(self.tokenizer, self.special_ids, self.name)
+
+    def tokenize_chats(self, chats: Sequence[str]) -> list[list[int]]:
+        """Token ids of each dialogue (the JSON of its turns) in the chat template; none for what it does not allow."""
+        return self.tokenize_many([self.chat_template.render_or_nothing(chat) for chat in chats])
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
