@@ -86,6 +86,52 @@ def tiny_model(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+TEMPLATE = """{% for turn in messages %}{% if turn.role not in ["system", "user", "assistant"] %}\
+{{ raise_exception("no such role: " + turn.role) }}{% endif %}\
+{{ "<|im_start|>" + turn.role + "\\n" + turn.content + "<|im_end|>" + "\\n" }}{% endfor %}"""
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 3-layer Llama and the tiny model's tokenizer with a chat template (ChatML) and padding."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "pad_token": "<pad>"})
+    tokenizer.add_tokens(["user", "assistant", "system"])
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny-chat")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(documents: list[str]) -> list[list[dict[str, str]]]:
+    """120 dialogues of unequal lengths, made of the same sentences."""
+    rng = random.Random(1)
+    made = []
+    for _ in range(120):
+        turns = rng.sample(documents, 2 * rng.randint(1, 3))
+        made.append([{"role": ("user", "assistant")[i % 2], "content": text[:90]} for i, text in enumerate(turns)])
+    return made
+
+
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of the demo on few tokens: SmolLM2-135M, 20k activations. For tests marked ``real``."""

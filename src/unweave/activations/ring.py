@@ -60,7 +60,7 @@ class ShuffleRing:
 
     def __repr__(self) -> str:
         return (
-            f"ShuffleRing({len(self):,} of {self.capacity:,} rows, batches of {self.batch_size:,}, "
+            f"{type(self).__name__}({len(self):,} of {self.capacity:,} rows, batches of {self.batch_size:,}, "
             f"{self._n_drawn:,} drawn)"
         )
 

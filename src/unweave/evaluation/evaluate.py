@@ -17,6 +17,7 @@ from unweave.evaluation.baselines import BASELINES
 from unweave.evaluation.bootstrap import Estimate, estimate
 from unweave.evaluation.loss import LossSums, measure_loss
 from unweave.evaluation.result import Evaluation
+from unweave.evaluation.sequences import SequenceSums, row_weights
 from unweave.interventions import RowEdit, reconstruct
 from unweave.metrics import FiringSums, GroupedSums, Groups, ReconstructionSums
 
@@ -24,7 +25,10 @@ _SCORES = 1 << 26  # (rows, n_features) scores made at a time: 256 MB as float32
 _COUNTS = 1 << 25  # (groups, n_features) firing counts kept: 128 MB
 _PARTS = (("site", "parts"), ("target_site", "target_parts"))
 _NO_SPLICE = "{} is several sites of the model, and what is spliced into one changes the others"
-_BASELINE_METRICS = ("fvu", "cosine", "ce_loss_recovered", "ce_loss_recovered_mean", "kl", "ce_spliced")
+_BASELINE_METRICS = (
+    *("fvu", "cosine", "ce_loss_recovered", "ce_loss_recovered_mean", "kl", "ce_spliced"),
+    *("sequence_mse", "special_mse"),
+)
 
 
 def evaluate(
@@ -46,7 +50,8 @@ def evaluate(
 
     Reconstruction (fvu, cosine, l2_ratio, relative_bias) and firing (l0, dead_share, dense_share) need rows only.
     The loss metrics (ce_*, kl) splice the reconstruction into the language model the rows came from; for a composite
-    site they are left out.
+    site they are left out. On rows of dialogues, sequence_mse and special_mse weigh every dialogue alike, the latter by
+    the template's own tokens alone.
 
     Args:
         dictionary: put in eval mode for the while.
@@ -92,12 +97,13 @@ def evaluate(
         with torch.no_grad():
             rows = EvaluationRows.read(source, fit, n_rows, needs_fit=bool(rivals) or has_loss, progress=progress)
             groups = Groups(min(1024, max(32, _COUNTS // dictionary.n_features)))
-            found: list[GroupedSums] = [*_measure_dictionary(dictionary, rows, groups, progress)]
+            marks = provenance.get("chat")
+            found: list[GroupedSums] = _measure_dictionary(dictionary, rows, groups, marks, progress)
             l0 = max(1, round(float(found[1].values()["l0"])))
             fitted = {
                 name: BASELINES[name](rows.fit, l0=l0, n_features=dictionary.n_features, seed=seed) for name in rivals
             }
-            compared = {name: [_measure_baseline(fn, dictionary, rows, groups)] for name, fn in fitted.items()}
+            compared = {name: _measure_baseline(fn, dictionary, rows, groups, marks) for name, fn in fitted.items()}
             loss = None
             if has_loss:
                 edits: dict[str, tuple[RowEdit, str]] = {
@@ -117,13 +123,20 @@ def evaluate(
         dictionary.train(was_training)
 
 
-def _chunks(batches: Sequence[ActivationBatch], dictionary: Dictionary) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``(input, target, document)``, few enough rows at a time that their dense scores fit."""
+def _chunks(
+    batches: Sequence[ActivationBatch], dictionary: Dictionary, marks: Mapping[str, Any] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``(input, target, document, weights)``, few enough rows at a time that their dense scores fit.
+
+    The weights are those of :func:`unweave.evaluation.sequences.row_weights`, where the rows are of dialogues.
+    """
     step = _chunk_rows(dictionary)
     for batch in batches:
-        document = batch.meta.document
+        weights = row_weights(batch, marks) if marks else torch.zeros(batch.n_rows, 2)
+        parts = (batch.input, batch.target, batch.meta.document, weights)
         for i in range(0, batch.n_rows, step):
-            yield batch.input[i : i + step], batch.target[i : i + step], document[i : i + step]
+            x, target, document, weight = (part[i : i + step] for part in parts)
+            yield x, target, document, weight
 
 
 def _chunk_rows(dictionary: Dictionary) -> int:
@@ -142,12 +155,13 @@ def _in_chunks(fn: RowEdit, dictionary: Dictionary) -> RowEdit:
 
 
 def _measure_dictionary(
-    dictionary: Dictionary, rows: EvaluationRows, groups: Groups, progress: bool
-) -> tuple[ReconstructionSums, FiringSums]:
+    dictionary: Dictionary, rows: EvaluationRows, groups: Groups, marks: Mapping[str, Any] | None, progress: bool
+) -> list[GroupedSums]:
     reconstruction = ReconstructionSums(dictionary.d_out, groups)
     firing = FiringSums(dictionary.n_features, groups)
+    sequences = SequenceSums(dictionary.d_out, groups)
     with bar(rows.n_rows, "evaluate: reconstruct", "rows", progress) as advance:
-        for x, target, document in _chunks(rows.batches, dictionary):
+        for x, target, document, weights in _chunks(rows.batches, dictionary, marks):
             x = dictionary.check_input(x)
             code = dictionary.encode(x)
             x_hat = dictionary.reconstruct(x, code)
@@ -161,18 +175,27 @@ def _measure_dictionary(
                 )
             firing.add(code, document)
             reconstruction.add(target.to(x_hat.device), x_hat, document)
+            if marks:
+                sequences.add(target.to(x_hat.device), x_hat, weights, document)
             advance(len(x))
-    return reconstruction, firing
+    return [reconstruction, firing, *([sequences] if marks else [])]
 
 
 def _measure_baseline(
-    fn: Callable[[Tensor], Tensor], dictionary: Dictionary, rows: EvaluationRows, groups: Groups
-) -> GroupedSums:
-    sums = ReconstructionSums(dictionary.d_out, groups)
-    for _, target, document in _chunks(rows.batches, dictionary):
+    fn: Callable[[Tensor], Tensor],
+    dictionary: Dictionary,
+    rows: EvaluationRows,
+    groups: Groups,
+    marks: Mapping[str, Any] | None,
+) -> list[GroupedSums]:
+    sums, sequences = ReconstructionSums(dictionary.d_out, groups), SequenceSums(dictionary.d_out, groups)
+    for _, target, document, weights in _chunks(rows.batches, dictionary, marks):
         target = _wide(target).to(dictionary.device)
-        sums.add(target, fn(target), document)
-    return sums
+        made = fn(target)
+        sums.add(target, made, document)
+        if marks:
+            sequences.add(target, made, weights, document)
+    return [sums, *([sequences] if marks else [])]
 
 
 def _measure_loss(

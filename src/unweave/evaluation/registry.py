@@ -67,5 +67,7 @@ for _metric in (
     Metric("ce_spliced", 1, "low", "next-token loss with the reconstruction spliced in"),
     Metric("ce_zero", 1, "", "next-token loss with zeros spliced in"),
     Metric("ce_mean", 1, "", "next-token loss with the mean row spliced in"),
+    Metric("sequence_mse", 1, "low", "squared error a coordinate, mean over each dialogue first, then over dialogues"),
+    Metric("special_mse", 1, "low", "the same over the rows of the chat template's own tokens only"),
 ):
     register(_metric)

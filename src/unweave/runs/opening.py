@@ -18,10 +18,28 @@ def open_model(recipe: Recipe) -> LanguageModel:
 
 
 def open_documents(recipe: Recipe) -> Documents:
-    from unweave.sources import read_documents
+    from unweave.sources import DistinctDocuments, MixedDocuments, read_documents
 
     data = recipe.data
-    return read_documents(data.documents, text_field=data.text_field, seed=data.seed, limit=data.limit)
+    whole = None if data.dedup else data.limit  # a limit is of what is given in the end
+    if isinstance(data.documents, str):
+        documents = read_documents(
+            data.documents, text_field=data.text_field, seed=data.seed, limit=whole, format=data.format
+        )
+    else:
+        parts = [
+            read_documents(
+                part.documents,
+                text_field=part.text_field or data.text_field,
+                seed=data.seed,
+                limit=part.limit,
+                format=data.format,
+            )
+            for part in data.documents
+        ]
+        weights = [part.weight for part in data.documents]
+        documents = MixedDocuments(parts, weights, seed=data.seed, limit=whole)
+    return DistinctDocuments(documents, data.dedup, limit=data.limit) if data.dedup else documents
 
 
 def open_source(

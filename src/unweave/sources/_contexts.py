@@ -43,7 +43,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which contexts form which batch; the same however often it is asked."""
+    """Which contexts form which batch; the same however often it is asked.
+
+    ``whole``: a document is one context, cut off at ``context_size``, instead of as many as it takes.
+    """
 
     documents: Documents
     tokenize_many: Callable[[Sequence[str]], list[list[int]]]
@@ -53,13 +56,14 @@ class Plan:
     min_tokens: int
     max_tokens: int | None
     split: Split
+    whole: bool = False
 
     def contexts(self) -> Iterator[Context]:
         """In document order. Pieces shorter than ``min_tokens`` are left out; stops before ``max_tokens`` is passed."""
         room = self.context_size - len(self.prefix)
         budget = self.max_tokens
         for number, ids in self._tokenised():
-            for start in range(0, len(ids), room):
+            for start in range(0, min(len(ids), room) if self.whole else len(ids), room):
                 piece = ids[start : start + room]
                 if len(piece) < self.min_tokens:
                     continue

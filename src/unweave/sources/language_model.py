@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unweave.errors import UnweaveError
 from unweave.sources import _loading
 from unweave.sources._token_bytes import token_bytes
+from unweave.sources.chats import ChatTemplate
 from unweave.sources.composite import AnySite, find_sites
 from unweave.sources.sites import Site, capture, find_blocks, find_site, list_sites
 
@@ -187,6 +188,19 @@ class LanguageModel:
         return encoded["input_ids"]
 
     @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How the model wants dialogues.
+
+        Raises:
+            UnweaveError: when its tokenizer has no chat template.
+        """
+        return ChatTemplate(self.tokenizer, self.special_ids, self.name)
+
+    def tokenize_chats(self, chats: Sequence[str]) -> list[list[int]]:
+        """Token ids of each dialogue (the JSON of its turns) in the chat template; none for what it does not allow."""
+        return self.tokenize_many([self.chat_template.render_or_nothing(chat) for chat in chats])
+
+    @cached_property
     def _token_bytes(self) -> list[bytes]:
         return token_bytes(self.tokenizer, self.n_vocabulary)
 
@@ -228,23 +242,28 @@ class LanguageModel:
 
     @cached_property
     def _final_norm(self) -> tuple[Tensor | float, bool]:
-        """The scale of the final norm per coordinate, and whether it subtracts the mean.
-
-        Measured by calling the norm, since the classes differ: Gemma scales by 1 + weight, LayerNorm centres,
-        some norms have no weight.
-        """
+        """The scale of the final norm per coordinate, and whether it subtracts the mean."""
         norm = _find_final_norm(self.model)
-        if norm is None:
-            return 1.0, False
-        norm, d = copy.deepcopy(norm).float(), self.d_model
-        # Two values, such that the mean is 0 and the mean square 1: both kinds of norm only scale this vector.
-        high = (d + 1) // 2
-        low = d - high
-        probe = torch.full((d,), (low / high) ** 0.5, device=self.device)
-        probe[high:] = -((high / low) ** 0.5)
-        plus, minus = norm(probe[None])[0], norm(-probe[None])[0]
-        centred = torch.allclose(norm(probe[None] + 1.0)[0], plus, rtol=1e-3, atol=1e-3 * float(plus.abs().max()))
-        return (plus - minus) / (2 * probe), centred
+        return (1.0, False) if norm is None else norm_scale(norm, self.d_model, self.device)
+
+
+def norm_scale(
+    norm: nn.Module, d: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, bool]:
+    """``(d,)`` what a norm multiplies the coordinates of a row of mean square 1 with, and whether it subtracts the mean.
+
+    Measured by calling the norm, since the classes differ: Gemma scales by 1 + weight, LayerNorm centres, some norms
+    have no weight.
+    """
+    norm = copy.deepcopy(norm).to(dtype)
+    # Two values, such that the mean is 0 and the mean square 1: both kinds of norm only scale this vector.
+    high = (d + 1) // 2
+    low = d - high
+    probe = torch.full((d,), (low / high) ** 0.5, device=device, dtype=dtype)
+    probe[high:] = -((high / low) ** 0.5)
+    with torch.no_grad():
+        plus, minus, shifted = norm(probe[None])[0], norm(-probe[None])[0], norm(probe[None] + 1.0)[0]
+    return (plus - minus) / (2 * probe), torch.allclose(shifted, plus, rtol=1e-3, atol=1e-3 * float(plus.abs().max()))
 
 
 def _find_final_norm(model: nn.Module) -> nn.Module | None:

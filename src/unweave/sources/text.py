@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from unweave.errors import NoText, UnweaveError, near_names
 from unweave.sources._base import Source
 from unweave.sources._contexts import Plan, Split, to_items
 from unweave.sources._running import run_items, run_with_gradients
+from unweave.sources.chats import CHAT_DEFAULTS
 from unweave.sources.composite import AnySite, CompositeSite, join_parts, parts_facts
 from unweave.sources.documents import Documents
 from unweave.sources.language_model import LanguageModel
 from unweave.sources.sites import Site
+
+#: What a source of texts does unless told otherwise; what one of dialogues does is ``CHAT_DEFAULTS``.
+TEXT_DEFAULTS: dict[str, Any] = {"context_size": 128, "keep_special": False, "max_norm_ratio": 10.0}
 
 
 class TextSource(Source):
@@ -42,14 +46,19 @@ class TextSource(Source):
     A row's ``position`` counts the tokens of its document from 0, BOS not counted: an item that starts with BOS has
     ``start`` one below its first real token (so -1 for the first item of a document).
 
+    Dialogues (documents of format "chat") are rendered with the model's chat template, each is one context, cut off
+    at ``context_size``, and every token gives a row, unless told otherwise: what comes of a dialogue does not depend
+    on the others. The template says where BOS goes, and positions count what it renders from 0.
+
     Args:
         model: the language model. documents: what it reads; a list of texts works too. site: where rows are taken.
         target_site: where targets are taken (transcoders); None for the site itself.
         side: "gradient" or "previous", see above, or None.
-        context_size: tokens per context, BOS included. batch_tokens: tokens per forward pass, padding included.
-        bos: put BOS before each context; "auto" if the tokenizer has it.
-        keep_special: keep the rows of BOS and other special tokens, whatever their norm.
-        max_norm_ratio: None keeps every norm.
+        context_size: tokens per context, BOS included; None: 128, for dialogues 8192 or what the model takes.
+        batch_tokens: tokens per forward pass, padding included; a longer context is a pass of its own.
+        bos: put BOS before each context; "auto" if the tokenizer has it (never before a dialogue).
+        keep_special: keep the rows of BOS and other special tokens, whatever their norm; None: only of dialogues.
+        max_norm_ratio: None keeps every norm; "auto" is None for dialogues and 10 for texts.
         max_tokens: the most tokens to run the model on. split: "train" (19 of 20 documents), "held_out", or "all".
         min_tokens: leave out pieces of documents shorter than this.
 
@@ -58,7 +67,8 @@ class TextSource(Source):
 
     Raises:
         UnweaveError: for an unknown site, a context longer than the model takes, BOS asked of a tokenizer without
-            one; while iterating, when the documents give not one context.
+            one, dialogues for a tokenizer without a chat template; while iterating, when the documents give not one
+            context.
     """
 
     def __init__(
@@ -69,11 +79,11 @@ class TextSource(Source):
         *,
         target_site: str | None = None,
         side: str | None = None,
-        context_size: int = 128,
+        context_size: int | None = None,
         batch_tokens: int = 2048,
         bos: bool | str = "auto",
-        keep_special: bool = False,
-        max_norm_ratio: float | None = 10.0,
+        keep_special: bool | None = None,
+        max_norm_ratio: float | Literal["auto"] | None = "auto",
         max_tokens: int | None = None,
         split: Split = "train",
         min_tokens: int = 8,
@@ -84,16 +94,24 @@ class TextSource(Source):
         self.site = model.composite(site)
         self.target_site = self.site if target_site is None else model.composite(target_site)
         self.side = side
-        self.keep_special, self.max_norm_ratio = keep_special, max_norm_ratio
+        chat = documents.format == "chat"
+        usual = CHAT_DEFAULTS if chat else TEXT_DEFAULTS
+        self.keep_special: bool = usual["keep_special"] if keep_special is None else keep_special
+        self.max_norm_ratio: float | None = usual["max_norm_ratio"] if max_norm_ratio == "auto" else max_norm_ratio
+        size: int = usual["context_size"] if context_size is None else context_size
+        if chat:  # a bound on what is read of a dialogue, not a wish
+            size = min(size, model.max_context or size)
+        self._chat = model.chat_template if chat else None
         self.plan = Plan(
             documents=documents,
-            tokenize_many=model.tokenize_many,
-            prefix=_prefix(model, bos),
-            context_size=context_size,
+            tokenize_many=model.tokenize_chats if chat else model.tokenize_many,
+            prefix=_prefix(model, bos, chat),
+            context_size=size,
             batch_tokens=batch_tokens,
             min_tokens=max(1, min_tokens),
             max_tokens=max_tokens,
             split=split,
+            whole=chat,
         )
         self._check()
         self.dropped = {"special": 0, "high_norm": 0}
@@ -149,6 +167,8 @@ class TextSource(Source):
         for key, site in (("parts", self.site), ("target_parts", self.target_site)):
             if isinstance(site, CompositeSite):
                 beside[key] = parts_facts([part.name for part in site.parts], self._part_widths(site))
+        if self._chat is not None:
+            beside["chat"] = self._chat.provenance
         return {
             "kind": "text",
             "model": self.model.provenance,
@@ -292,9 +312,13 @@ def _norms(rows: Tensor) -> Tensor:
     return rows.float().norm(dim=1)
 
 
-def _prefix(model: LanguageModel, bos: bool | str) -> tuple[int, ...]:
+def _prefix(model: LanguageModel, bos: bool | str, chat: bool) -> tuple[int, ...]:
     if bos not in (True, False, "auto"):
         raise UnweaveError(f"bos: expected 'auto', True or False, found {bos!r}")
+    if chat and bos is True:
+        raise UnweaveError("bos=True: the chat template already says where BOS goes in a dialogue; leave bos out")
+    if chat:
+        return ()
     if bos is False or (bos == "auto" and model.bos_id is None):
         return ()
     if model.bos_id is None:

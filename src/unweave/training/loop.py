@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unweave.activations.half_ring import HalfRing
 from unweave.activations.ring import ShuffleRing
 from unweave.activations.stream import RowStream
 from unweave.dictionaries import Dictionary
@@ -115,7 +116,8 @@ def identity_of(dictionary: Dictionary, config: TrainingConfig, stream: RowStrea
 
 def make_ring(stream: RowStream, config: TrainingConfig, device: torch.device) -> ShuffleRing:
     capacity = max(config.ring_rows, config.batch_size)
-    return ShuffleRing(stream, config.batch_size, capacity, config.seed, device=device)
+    kind = ShuffleRing if config.mixing == "rows" else HalfRing
+    return kind(stream, config.batch_size, capacity, config.seed, device=device)
 
 
 class Checkpoints:

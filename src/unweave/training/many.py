@@ -34,7 +34,7 @@ from unweave.training.loop import (
 )
 
 # What all members share, because they see the same batches.
-_SHARED = ("n_rows", "batch_size", "seed", "ring_rows", "normalise_input", "precision", "checkpoint_every")
+_SHARED = ("n_rows", "batch_size", "seed", "ring_rows", "mixing", "normalise_input", "precision", "checkpoint_every")
 _MOST_SCORES = 2**28  # of a joint product: 1 GB of float32
 
 
@@ -49,7 +49,8 @@ def train_many(
 
     Args:
         members: by name (also the names of their folders): a dictionary, trained in place, and its config. Anything
-            may differ but what decides the batches: n_rows, batch_size, seed, ring_rows, normalise_input, precision.
+            may differ but what decides the batches: n_rows, batch_size, seed, ring_rows, mixing, normalise_input,
+            precision.
         stream: where the rows come from.
         folder: gets one folder per member, as ``train`` writes it, and the checkpoint they share.
 

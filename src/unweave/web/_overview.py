@@ -163,6 +163,8 @@ class Overview:
         for values in (self.run.recipe, (self.run.provenance or {}).get("source")):
             data = values.get("data") if isinstance(values, Mapping) else None
             named = (data.get("documents") or data.get("spec")) if isinstance(data, Mapping) else data
+            if isinstance(named, list):  # a mix
+                return ", ".join(last_part(str(part["documents"])) for part in named)
             if named:
                 return last_part(str(named))
         return None

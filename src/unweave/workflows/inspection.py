@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from unweave.errors import UnweaveError
 from unweave.files import read_json
@@ -49,7 +50,7 @@ def _run(folder: Path) -> tuple[str, Rows]:
         rows += [
             ("model", run.recipe["model"]["name"]),
             ("site", run.recipe["source"]["site"]),
-            ("text", run.recipe["data"]["documents"]),
+            ("text", _named(run.recipe["data"]["documents"])),
         ]
     for name, entry in (run.evaluation or {}).get("metrics", {}).items():
         if entry.get("value") is not None:
@@ -60,6 +61,11 @@ def _run(folder: Path) -> tuple[str, Rows]:
     for stage, facts in run.provenance.get("stages", {}).items():
         rows.append((f"{stage} took", f"{facts['seconds']:.0f} s"))
     return f"run {folder}", rows
+
+
+def _named(documents: Any) -> str:
+    """The data of a recipe: one name, or those of a mix."""
+    return documents if isinstance(documents, str) else ", ".join(part["documents"] for part in documents)
 
 
 def _dictionary(folder: Path) -> tuple[str, Rows]:
