@@ -18,10 +18,11 @@ from unweave.formats._fold import Parts as Parts
 from unweave.formats._fold import fold as fold
 from unweave.formats.registry import Format as Format
 from unweave.formats.registry import get as get
-from unweave.formats.registry import holds_dictionary as holds_dictionary
+from unweave.formats.registry import holds_weights as holds_weights
 from unweave.formats.registry import inspect as inspect
 from unweave.formats.registry import load as load
 from unweave.formats.registry import names as names
+from unweave.formats.registry import recognised as recognised
 from unweave.formats.registry import register as register
 from unweave.formats.registry import writable as writable
 from unweave.formats.registry import write as write

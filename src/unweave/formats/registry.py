@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from unweave.errors import UnweaveError, near_names
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts, fold
+from unweave.formats._hub import fetch, looks_like_hub_id
 from unweave.formats.containers import is_archive, members, unpack
 
 F = TypeVar("F", bound="type[Format]")
 _FORMATS: dict[str, Format] = {}
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 
 
 class Format:
@@ -98,7 +101,7 @@ def recognise(checkpoint: Checkpoint) -> Format:
     if not fits:
         found = ", ".join(checkpoint.names[:8]) or "no files"
         for name in checkpoint.names[:64]:  # a file that is broken is why nothing fits: say so
-            if name.endswith((".safetensors", ".npz", ".pt", ".pth", ".bin")):
+            if name.endswith(SUFFIXES):
                 found += f"; {name} holds {', '.join(sorted(checkpoint.tensors(name))[:8])}"
                 break
         raise UnweaveError(
@@ -112,26 +115,36 @@ def recognise(checkpoint: Checkpoint) -> Format:
     return _FORMATS[first[0]]
 
 
-def holds_dictionary(path: str | Path) -> bool:
-    """Whether a folder or file is a checkpoint of a known format."""
+def recognised(thing: str | Path) -> str | None:
+    """The name of the format of a local folder or file, or None; never raises."""
     try:
-        with opened(path) as checkpoint:
-            recognise(checkpoint)
-        return True
+        return recognise(Checkpoint(thing)).name
     except UnweaveError:
-        return False
+        return None
+
+
+def holds_weights(thing: str | Path) -> bool:
+    """Whether it is worth asking for a checkpoint there: a file, a folder with files of tensors, a hub id."""
+    path = Path(thing)
+    if path.is_dir():
+        return any(p.suffix in SUFFIXES for pattern in ("*", "*/*") for p in path.glob(pattern))
+    in_archive = any(p.is_file() for p in (path, *path.parents))
+    return in_archive or (isinstance(thing, str) and looks_like_hub_id(thing))
 
 
 @contextmanager
 def opened(thing: str | Path) -> Iterator[Checkpoint]:
-    """A checkpoint by its path, which may lead into a zip archive (``dictionaries.zip/pythia/layer0``)."""
+    """A checkpoint by its path, which may lead into a zip (``dictionaries.zip/pythia/layer0``), or by its hub id."""
     path = Path(thing)
     if path.exists() and not (path.is_file() and is_archive(path) and _is_bundle(path)):
         yield Checkpoint(path)
         return
     archive = next((p for p in (path, *path.parents) if p.is_file() and is_archive(p)), None)
     if archive is None:
-        raise UnweaveError(f"no file or folder at {path}")
+        if not looks_like_hub_id(str(thing)):
+            raise UnweaveError(f"no file or folder at {path}")
+        yield Checkpoint(fetch(str(thing)), str(thing))
+        return
     inside = path.relative_to(archive).as_posix().removeprefix(".")
     with tempfile.TemporaryDirectory(prefix="unweave-") as place:
         unpack(archive, Path(place), inside)
@@ -153,8 +166,9 @@ def load(thing: str | Path, *, format: str | None = None, **options: Any) -> Dic
     """A dictionary out of another library's checkpoint (or unweave's own), for raw activation rows.
 
     Args:
-        thing: a folder, a file, or a path into a zip archive. format: which format it is, where its content does not
-            tell. options: what its files do not say, such as ``k``; each format has its own.
+        thing: a folder, a file, a path into a zip archive, or a hub id (``owner/repository/folder``).
+        format: which format it is, where its content does not tell.
+        options: what its files do not say, such as ``k``; each format has its own.
 
     Returns:
         Dictionary: in eval mode; it computes what the library computes, in float32.
@@ -205,9 +219,10 @@ def write(dictionary: Dictionary, format: str, folder: str | Path, facts: Facts 
     expected, found = dictionary(x), again(x.cpu()).to(x.device)
     error = float((expected - found).norm() / expected.norm().clamp_min(1e-30))
     if not error < 1e-4:
+        shutil.rmtree(folder)
         raise UnweaveError(
             f"{kind.title} cannot express this {dictionary.name!r} dictionary: what was written computes something "
-            f"else (relative difference {error:.2g}). The files in {folder} are not to be used"
+            f"else (relative difference {error:.2g}) and was deleted again"
         )
     return folder
 
