@@ -15,8 +15,8 @@ SRC = ROOT / "src" / "unweave"
 # DESIGN's rooms from the ground up: a room imports rooms above it in this list, never one below.
 ROOMS = [
     *("errors", "files", "config", "progress", "kernels", "codes", "batch", "metrics", "dictionaries", "sources"),
-    *("interventions", "activations", "training", "features", "evaluation", "analysis", "runs", "workflows"),
-    *("web", "cli", "testing"),
+    *("interventions", "activations", "training", "formats", "features", "evaluation", "analysis", "runs"),
+    *("workflows", "web", "cli", "testing"),
 ]
 HEAVY = ("transformers", "fastapi", "pyarrow", "sklearn", "scipy", "jinja2", "pandas", "datasets", "tokenizers")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from unweave.cli import archs, demo, doctor, evaluate, export, harvest, index, inspect, open, sweep, train
+from unweave.cli import archs, convert, demo, doctor, evaluate, export, harvest, index, inspect, open, sweep, train
 
 app = typer.Typer(
     name="unweave",
@@ -26,6 +26,7 @@ for name, verb in {
     "open": open.open_run,
     "export": export.export,
     "inspect": inspect.inspect,
+    "convert": convert.convert,
     "archs": archs.archs,
     "doctor": doctor.doctor,
 }.items():

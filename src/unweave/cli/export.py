@@ -16,10 +16,10 @@ def export(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("features.html"),
 ) -> None:
     """Write features into one self-contained HTML file, to send to someone."""
-    import unweave
+    from unweave.runs import Run
     from unweave.web import export_html
 
-    run = unweave.load(folder)
+    run = Run(folder)
     export_html(run, _numbers(feature), out)
     say(f"wrote {out} ({out.stat().st_size / 1024:.0f} KB)")
 

@@ -11,18 +11,18 @@ from unweave.cli._say import show
 
 
 def inspect(
-    thing: Annotated[str, typer.Argument(help="A run, dictionary, activation store, feature store, or a model.")],
+    thing: Annotated[str, typer.Argument(help="A run, dictionary, checkpoint of another library, store, or a model.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte of a store and check its hashes.")] = False,
     feature: Annotated[int | None, typer.Option(help="Print one feature of a run.")] = None,
 ) -> None:
-    """Say what a folder holds. For a model: its sites."""
+    """Say what a folder or file holds. For a model: its sites. No weights are read."""
     from unweave.workflows.inspection import card
 
     path = Path(thing)
     if feature is not None:
-        import unweave
+        from unweave.runs import Run
 
-        features = unweave.load(path).features
+        features = Run(path).features
         if features is None:
             raise typer.BadParameter(f"{path} has no feature store yet: run `unweave index {path}` first")
         show(_plain(repr(features[feature])))

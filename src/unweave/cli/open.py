@@ -20,9 +20,9 @@ def open_run(
     force: Annotated[bool, typer.Option("--force", help="Go on although the model is another one.")] = False,
 ) -> None:
     """Look at a run in the browser: overview, features, contexts, and your own text."""
-    import unweave
+    from unweave.runs import Run
     from unweave.web import serve
 
-    run = unweave.load(folder, model=model, force=force)
+    run = Run(folder, model=model, force=force)
     say(f"{run!r}")
     serve(run, host=host, port=port, open_browser=browser)

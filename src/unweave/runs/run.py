@@ -1,4 +1,4 @@
-"""A run folder, read: ``run = unweave.load("run/")``."""
+"""A run folder, read: ``run = unweave.load("run/")``; other libraries' checkpoints through the same door."""
 
 from __future__ import annotations
 
@@ -22,18 +22,29 @@ if TYPE_CHECKING:
     from unweave.sources import LanguageModel
 
 
-def load(folder: str | Path, *, model: str | None = None, force: bool = False) -> Run:
-    """Open a run folder. Nothing heavy is read until it is asked for.
+def load(thing: str | Path, *, model: str | None = None, force: bool = False, **options: Any) -> Run | Dictionary:
+    """Open a run folder, or read a dictionary that unweave or another library saved.
 
     Args:
-        folder: what ``unweave train`` or ``unweave demo`` wrote.
-        model: where the model is now, if not where it was when the run was made.
-        force: go on although that model is not the one the dictionary was trained on.
+        thing: what ``unweave train`` or ``unweave demo`` wrote (nothing heavy of it is read until it is asked for); or
+            a checkpoint: a folder, a file, a path into a zip archive, a hub id.
+        model: of a run: where the model is now, if not where it was when the run was made.
+        force: of a run: go on although that model is not the one the dictionary was trained on.
+        options: of a checkpoint: ``format``, and what its files do not say; see :func:`unweave.formats.load`.
+
+    Returns:
+        Run or Dictionary: the second in eval mode, for raw activation rows.
 
     Raises:
-        UnweaveError: when the folder holds no run.
+        UnweaveError: when it is neither, or broken.
     """
-    return Run(folder, model=model, force=force)
+    from unweave import formats
+
+    path = Path(thing)
+    is_run = any((path / name).exists() for name in ("dictionary/config.json", "recipe.yaml"))
+    if is_run or not (options or formats.holds_weights(thing)):
+        return Run(path, model=model, force=force)
+    return formats.load(thing, **options)
 
 
 @dataclass(frozen=True)

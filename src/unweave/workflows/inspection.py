@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from unweave import formats
 from unweave.errors import UnweaveError
 from unweave.files import read_json
 
@@ -12,24 +13,31 @@ Rows = list[tuple[str, str]]
 
 
 def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
-    """A title and rows of name and value for a run, dictionary, store or model.
+    """A title and rows of name and value for a run, dictionary, store, model or checkpoint.
 
     Raises:
         UnweaveError: when it is none of these, or ``verify`` finds damage.
     """
     if not isinstance(thing, Path):
-        return _model(thing)
+        within = next((p for p in Path(thing).parents if p.is_file()), None)
+        return _model(thing) if within is None else _checkpoint(Path(thing))
+    if thing.is_file() and thing.suffix != ".gguf":
+        return _checkpoint(thing)
     kind = _format(thing)
     if (thing / "dictionary" / "config.json").is_file():
         return _run(thing)
     if kind.startswith("unweave.dictionary"):
         return _dictionary(thing)
+    if formats.recognised(thing):
+        return _checkpoint(thing)
     if kind.startswith("unweave.activations"):
         return _activations(thing, verify)
     if kind.startswith("unweave.features"):
         return _features(thing)
     if (thing / "config.json").is_file() or thing.suffix == ".gguf" or any(thing.glob("*.gguf")):
         return _model(str(thing))
+    if formats.holds_weights(thing):
+        return _checkpoint(thing)  # says why it is none
     raise UnweaveError(f"{thing} is neither a run, a dictionary, a store nor a model folder")
 
 
@@ -42,9 +50,9 @@ def _format(folder: Path) -> str:
 
 
 def _run(folder: Path) -> tuple[str, Rows]:
-    from unweave.runs import load
+    from unweave.runs import Run
 
-    run = load(folder)
+    run = Run(folder)
     _, rows = _dictionary(folder / "dictionary")
     if run.recipe:
         rows += [
@@ -76,6 +84,10 @@ def _dictionary(folder: Path) -> tuple[str, Rows]:
     rows = [("architecture", dictionary.name)]
     rows += [(name, str(value)) for name, value in dictionary.config.to_dict().items()]
     return f"dictionary {folder}", [*rows, ("parameters", f"{n_parameters:,}")]
+
+
+def _checkpoint(thing: Path) -> tuple[str, Rows]:
+    return f"checkpoint {thing}", formats.inspect(thing).rows()
 
 
 def _activations(folder: Path, verify: bool) -> tuple[str, Rows]:

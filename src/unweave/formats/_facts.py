@@ -1,0 +1,101 @@
+"""What is known of a checkpoint without its weights, and what is not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Read from headers and settings alone. None is for what the files do not say.
+
+    Attributes:
+        format: of the registry. architecture: of unweave's registry, or what the library calls it where unweave has
+            none. library_class: the library's own name for it.
+        dtype: as stored. model: that it was trained on. site, target_site: in unweave's names where they can be told.
+        hook: the site in the words of the file. context: what it was trained on besides (data, context size, ...).
+        notes: what a user should know. missing: what unweave lacks to load it; None if nothing.
+    """
+
+    format: str
+    architecture: str
+    d_in: int | None = None
+    d_out: int | None = None
+    n_features: int | None = None
+    k: float | None = None
+    dtype: str | None = None
+    library_class: str | None = None
+    model: str | None = None
+    site: str | None = None
+    target_site: str | None = None
+    hook: str | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    missing: str | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values for a card."""
+        shown = [("format", self.format), ("architecture", self.architecture)]
+        if self.library_class and self.library_class != self.architecture:
+            shown.append(("library's class", self.library_class))
+        shown += [(name, _word(getattr(self, name))) for name in ("d_in", "d_out", "n_features")]
+        if self.k is not None:
+            shown.append(("k", _word(self.k)))
+        shown += [("dtype", _word(self.dtype)), ("model", _word(self.model)), ("site", _word(self.site))]
+        if self.target_site:
+            shown.append(("target site", self.target_site))
+        if self.hook and self.hook != self.site:
+            shown.append(("site in the file", self.hook))
+        shown += [(name, _word(value)[:200]) for name, value in self.context.items() if value is not None]
+        shown += [("note", note) for note in self.notes]
+        shown.append(("loads", "yes" if self.missing is None else f"no: {self.missing}"))
+        return shown
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return UNKNOWN
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+_HOOKS = {
+    "hook_resid_pre": "layers.{}:input",
+    "hook_resid_post": "layers.{}",
+    "hook_mlp_out": "layers.{}.mlp",
+    "mlp.hook_out": "layers.{}.mlp",
+    "hook_attn_out": "layers.{}.attn",
+    "attn.hook_z": "layers.{}.attn.heads",
+}
+
+
+def site_of_hook(hook: str | None) -> str | None:
+    """unweave's name for a TransformerLens hook such as ``blocks.12.hook_resid_post``, or None.
+
+    ``hook_mlp_in``, ``hook_resid_mid``, ``ln2.hook_normalized`` and the like have no name here: they are no block's
+    input or output.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook or "")
+    pattern = _HOOKS.get(match[2]) if match else None
+    return pattern.format(match[1]) if pattern and match else None
+
+
+def site_of_module(path: str | None) -> str | None:
+    """unweave's name for the output of a module such as ``layers.3.mlp`` or ``transformer.h.3``, or None."""
+    match = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attn|attention|self_attn))?", path or "")
+    if not match:
+        return None
+    part = {"mlp": ".mlp", None: ""}.get(match[2], ".attn")
+    return f"layers.{match[1]}{part}"
+
+
+def hook_of_site(site: str | None) -> str | None:
+    """The TransformerLens hook of one of unweave's sites, or None."""
+    for hook, pattern in _HOOKS.items():
+        match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), site or "")
+        if match and hook != "mlp.hook_out":
+            return f"blocks.{match[1]}.{hook}"
+    return None

@@ -1,0 +1,93 @@
+"""A dictionary in the terms that other libraries have: matrices, biases, and which entries fire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unweave.dictionaries import Dictionary
+from unweave.dictionaries._linear import LinearDictionary
+from unweave.errors import UnweaveError
+from unweave.kernels.select import AboveRule, TopKRule
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a linear dictionary does in eval mode, whatever it was trained with.
+
+    ``activation`` is "topk" or "abs_topk" with ``k``, "relu", or "jumprelu" with ``threshold (F,)``; the codes of the
+    first, third and fourth are never negative. The encoder reads ``x - b_dec`` where ``subtracts``.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    subtracts: bool
+    activation: Literal["relu", "topk", "abs_topk", "jumprelu"]
+    k: int | None = None
+    threshold: Tensor | None = None
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def n_features(self) -> int:
+        return self.W_enc.shape[0]
+
+    def encoder_bias(self, subtracts: bool, title: str) -> Tensor:
+        """``b_enc`` for a library that does (or does not) subtract ``b_dec`` from what it encodes."""
+        if subtracts == self.subtracts:
+            return self.b_enc
+        if self.d_in != self.d_out:
+            raise UnweaveError(
+                f"{title} subtracts b_dec from the input, so d_in must equal d_out, found {self.d_in} and {self.d_out}"
+            )
+        shift = (self.W_enc.double() @ self.b_dec.double()).float()
+        return self.b_enc + shift if subtracts else self.b_enc - shift
+
+
+@torch.no_grad()
+def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
+    """The dictionary as a :class:`Plain`.
+
+    Args:
+        can: the activations that the target has.
+
+    Raises:
+        UnweaveError: when the dictionary is not linear, or its activation is none of these.
+    """
+    if not isinstance(dictionary, LinearDictionary):
+        raise UnweaveError(f"{title} cannot express a {dictionary.name!r} dictionary: its encoder is not linear")
+    rule = dictionary.eval().rule()
+    k, threshold = None, None
+    if isinstance(rule, TopKRule):
+        activation, k = ("abs_topk" if rule.signed else "topk"), rule.k
+    elif isinstance(rule, AboveRule):
+        bound = torch.as_tensor(rule.threshold, dtype=torch.float32).detach().cpu()
+        activation = "relu" if bound.ndim == 0 and float(bound) == 0 else "jumprelu"
+        threshold = bound.expand(dictionary.n_features).clone() if activation == "jumprelu" else None
+        if "jumprelu" not in can and threshold is not None and float(threshold.max()) < 1e-30:
+            activation, threshold = "relu", None
+    else:
+        raise UnweaveError(f"{title} cannot express a {dictionary.name!r} dictionary: its rows depend on each other")
+    if activation == "relu" and "relu" not in can and "jumprelu" in can:
+        activation, threshold = "jumprelu", torch.zeros(dictionary.n_features)
+    if activation not in can:
+        raise UnweaveError(
+            f"{title} cannot express the activation {activation!r} of this {dictionary.name!r} dictionary; it has "
+            + ", ".join(can)
+        )
+    W_enc, W_dec, b_enc, b_dec = (
+        t.detach().float().cpu().contiguous()
+        for t in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
+    )
+    return Plain(W_enc, W_dec, b_enc, b_dec, dictionary.config.subtract_bias, activation, k, threshold)

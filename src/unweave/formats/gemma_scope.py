@@ -1,0 +1,141 @@
+"""Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors``): JumpReLU dictionaries and transcoders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from unweave.dictionaries import Dictionary
+from unweave.files import atomic_path
+from unweave.formats._checkpoint import Checkpoint
+from unweave.formats._facts import Facts, site_of_module
+from unweave.formats._fold import Parts
+from unweave.formats._plain import plain
+from unweave.formats.containers import Settings, Tensors
+from unweave.formats.registry import Format, lacking, register
+
+_KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+_SITES = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
+
+
+class _GemmaScope(Format):
+    """``W_enc (d, F)``, ``W_dec (F, d_out)``, ``b_enc``, ``b_dec``, ``threshold (F)``; nothing is subtracted."""
+
+    def parts(self, checkpoint: Checkpoint) -> Parts:
+        tensors = _open(checkpoint)
+        names = {name.lower(): name for name in tensors}
+        d_in, n_features = tensors.shape(names["w_enc"], 2)
+        d_out = tensors.shape(names["w_dec"], 2)[1]
+        W_enc, W_dec = tensors.read(names["w_enc"], d_in, n_features).T, tensors.read(names["w_dec"], n_features, d_out)
+        if "embedding" in _path(checkpoint):  # trained on sqrt(d) times smaller rows
+            W_enc, W_dec = W_enc / d_in**0.5, W_dec * d_in**0.5
+        return Parts(
+            "jumprelu",
+            W_enc,
+            W_dec,
+            b_enc=tensors.read(names["b_enc"], n_features),
+            b_dec=tensors.read(names["b_dec"], d_out),
+            threshold=tensors.read(names["threshold"], n_features),
+        )
+
+
+@register("gemma-scope")
+class GemmaScope(_GemmaScope):
+    """The file says neither model nor site: they are read from the path, where it is still the hub's."""
+
+    title = "Gemma Scope"
+    checked = "layout"
+
+    def recognise(self, checkpoint: Checkpoint) -> float | None:
+        name = checkpoint.weights(".npz")
+        return 0.9 if {key.lower() for key in checkpoint.keys(name)} >= _KEYS else None
+
+    def inspect(self, checkpoint: Checkpoint) -> Facts:
+        path = _path(checkpoint)
+        repository = re.search(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)", "/".join(path))
+        layer, l0 = _number(path, "layer_"), _number(path, "average_l0_")
+        model, site = None, None
+        if repository:
+            model = f"google/gemma-2-{repository[1]}" + ("-it" if repository[2] == "it" else "")
+            site = _SITES.get(repository[3], "").format(layer) if layer is not None else None
+        transcodes = bool(repository and repository[3] == "transcoders")
+        return _facts(
+            self.name,
+            checkpoint,
+            model=model,
+            site=site or None,
+            target_site=f"layers.{layer}.mlp" if transcodes and layer is not None else None,
+            context={"average L0": l0, "BOS": "prepended, as the models expect"},
+            notes=("reads what the second norm gives the MLP, writes what is added to the stream",)
+            if transcodes
+            else (),
+        )
+
+    def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
+        p = plain(dictionary, self.title, "jumprelu")
+        assert p.threshold is not None
+        b_enc = p.encoder_bias(False, self.title)
+        arrays = {"W_enc": p.W_enc.T, "W_dec": p.W_dec, "b_enc": b_enc, "b_dec": p.b_dec, "threshold": p.threshold}
+        with atomic_path(folder / "params.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, **{name: array.contiguous().numpy() for name, array in arrays.items()})
+
+
+@register("gemma-scope-2")
+class GemmaScope2(_GemmaScope):
+    """Lower-case names, and a ``config.json`` that is missing from some repositories."""
+
+    title = "Gemma Scope 2"
+
+    def recognise(self, checkpoint: Checkpoint) -> float | None:
+        name = checkpoint.weights(".safetensors")
+        return 0.9 if checkpoint.keys(name) >= _KEYS else None
+
+    def inspect(self, checkpoint: Checkpoint) -> Facts:
+        config, path = _settings(checkpoint), _path(checkpoint)
+        tensors, missing = _open(checkpoint), None
+        if len(tensors.info["w_dec"].shape) == 3:
+            missing = lacking("clt", "a cross-layer transcoder")
+        elif "affine_skip_connection" in tensors:
+            missing = lacking("skip_transcoder with thresholds", "an affine skip connection")
+        hook, target = config.get("hf_hook_point_in", str), config.get("hf_hook_point_out", str)
+        return _facts(
+            self.name,
+            checkpoint,
+            model=config.get("model_name", str),
+            site=site_of_module((hook or "").removesuffix(".output")) if hook else None,
+            target_site=f"layers.{_number(path, 'layer_')}.mlp"
+            if target and _number(path, "layer_") is not None
+            else None,
+            hook=hook,
+            context={"L0": config.get("l0", object)},
+            missing=missing,
+        )
+
+
+def _open(checkpoint: Checkpoint) -> Tensors:
+    name = checkpoint.weights(".npz", ".safetensors") or checkpoint.names[0]
+    return checkpoint.tensors(name)
+
+
+def _facts(format: str, checkpoint: Checkpoint, **known) -> Facts:
+    tensors = _open(checkpoint)
+    names = {name.lower(): name for name in tensors}
+    d_in, n_features = tensors.shape(names["w_enc"], 2)
+    W_dec = tensors.info[names["w_dec"]]
+    sizes = {"d_in": d_in, "d_out": W_dec.shape[-1], "n_features": n_features, "dtype": W_dec.dtype}
+    return Facts(format, "jumprelu", **sizes, **known)
+
+
+def _settings(checkpoint: Checkpoint) -> Settings:
+    return checkpoint.settings("config.json") if checkpoint.beside("config.json") else Settings({}, "config.json")
+
+
+def _path(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return Path(checkpoint.called).parts
+
+
+def _number(path: tuple[str, ...], prefix: str) -> int | None:
+    found = [re.match(rf"{prefix}(\d+)", part) for part in path]
+    return next((int(match[1]) for match in reversed(found) if match), None)

@@ -1,0 +1,194 @@
+"""SAELens: ``cfg.json`` and ``sae_weights.safetensors``, of version 6 or with the flat settings before it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+from unweave.dictionaries import Dictionary
+from unweave.errors import UnweaveError
+from unweave.files import write_json, write_tensors
+from unweave.formats._checkpoint import Checkpoint
+from unweave.formats._facts import Facts, hook_of_site, site_of_hook
+from unweave.formats._fold import Parts
+from unweave.formats._plain import plain
+from unweave.formats.containers import Settings
+from unweave.formats.registry import Format, lacking, register
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_VERSION = "6.54.12"  # whose layout is written
+# The library's architecture and the registry's.
+_ARCHITECTURES = {"standard": "relu", "topk": "topk", "abstopk": "abs_topk", "jumprelu": "jumprelu"}
+_ARCHITECTURES |= {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
+_ARCHITECTURES |= {"batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
+_LACKING = {"gated": "gated", "matching_pursuit": "mp", "temporal": "temporal"}
+_LACKING |= {"skip_transcoder": "skip_transcoder", "jumprelu_skip_transcoder": "skip_transcoder with thresholds"}
+_PER_ROW = ("layer_norm", "constant_norm_rescale")
+_CONTEXT = (
+    "context_size",
+    "prepend_bos",
+    "dataset_path",
+    "training_architecture",
+    "sae_lens_version",
+    "neuronpedia_id",
+)
+
+
+@register("saelens")
+class SAELens(Format):
+    """``W_enc (d, F)``, ``W_dec (F, d)``, ``b_enc``, ``b_dec``, ``threshold (F)``; transposed here.
+
+    ``apply_b_dec_to_input`` says whether the encoder subtracts ``b_dec``. With ``rescale_acts_by_decoder_norm`` the
+    library acts on ``u ||atom||`` and decodes with unit atoms: the norms go into the codes. BatchTopK and Matryoshka
+    dictionaries are written by the library as ``jumprelu`` with one threshold; unfinished ones keep their names.
+    """
+
+    title = "SAELens"
+    checked = "library"
+    options: ClassVar[dict[str, str]] = {
+        "norm_scaling_factor": "what activations were multiplied with, for expected_average_only_in that is not folded"
+    }
+
+    def recognise(self, checkpoint: Checkpoint) -> float | None:
+        return 0.95 if checkpoint.find(CONFIG) and checkpoint.find(WEIGHTS) else None
+
+    def inspect(self, checkpoint: Checkpoint, norm_scaling_factor: float | None = None) -> Facts:
+        config = _Config(checkpoint.settings(CONFIG))
+        tensors, architecture = checkpoint.tensors(WEIGHTS), config.architecture
+        n_features, d_out = tensors.shape("W_dec", 2)
+        notes, missing = [], None
+        if architecture in _LACKING:
+            missing = lacking(_LACKING[architecture], f"SAELens's {architecture}")
+        elif architecture not in _ARCHITECTURES:
+            missing = f"SAELens's architecture {architecture!r} is not known"
+        elif config.normalisation in _PER_ROW:
+            missing = lacking("row normalisation", f"normalize_activations = {config.normalisation!r}")
+        elif config.activation not in ("relu", "topk"):
+            missing = f"the activation {config.activation!r} is not known"
+        if config.normalisation == "expected_average_only_in" and norm_scaling_factor is None:
+            notes.append("trained on scaled activations; from a folder SAELens takes the scale as folded, and so do we")
+        if config.hook and config.hook.endswith("hook_z"):
+            notes.append("rows are all heads side by side")
+        return Facts(
+            self.name,
+            _ARCHITECTURES.get(architecture, architecture),
+            d_in=tensors.shape("W_enc", 2)[0] if "W_enc" in tensors else d_out,
+            d_out=d_out,
+            n_features=n_features,
+            k=config.k,
+            dtype=tensors.info["W_dec"].dtype,
+            library_class=architecture,
+            model=config.word("model_name"),
+            site=site_of_hook(config.hook),
+            target_site=site_of_hook(config.word("hook_name_out")),
+            hook=config.hook,
+            context={name: config.any(name) for name in _CONTEXT},
+            notes=tuple(notes),
+            missing=missing,
+        )
+
+    def parts(self, checkpoint: Checkpoint, norm_scaling_factor: float | None = None) -> Parts:
+        config = _Config(checkpoint.settings(CONFIG))
+        tensors = checkpoint.tensors(WEIGHTS)
+        (n_features, d_out), d_in = tensors.shape("W_dec", 2), tensors.shape("W_enc", 2)[0]
+        for key, found in (("d_in", d_in), ("d_sae", n_features), ("d_out", d_out)):
+            declared = config.settings.get(key, int)
+            if declared is not None and declared != found:
+                raise UnweaveError(f"{checkpoint.called}: {CONFIG} says {key} = {declared}, the weights have {found}")
+        W_dec, b_dec = tensors.read("W_dec", n_features, d_out), tensors.read("b_dec", d_out)
+        if "scaling_factor" in tensors:  # of files finetuned to undo shrinkage: codes are multiplied before decoding
+            W_dec = W_dec * tensors.read("scaling_factor", n_features)[:, None]
+        scale = 1.0 if norm_scaling_factor is None else float(norm_scaling_factor)
+        return Parts(
+            _ARCHITECTURES[config.architecture],
+            tensors.read("W_enc", d_in, n_features).T,
+            W_dec,
+            b_enc=tensors.read("b_enc", n_features),
+            b_dec=b_dec,
+            b_pre=b_dec if config.subtracts else None,
+            threshold=self._threshold(config, tensors, n_features),
+            options=config.options(n_features),
+            in_scale=scale,
+            out_scale=scale,
+            norms="in_codes" if config.settings.get("rescale_acts_by_decoder_norm", bool, False) else "apart",
+        )
+
+    def _threshold(self, config: _Config, tensors: Any, n_features: int) -> Any:
+        if config.architecture.startswith("jumprelu"):
+            if "log_threshold" in tensors:
+                return tensors.read("log_threshold", n_features).exp()
+            return tensors.read("threshold", n_features)
+        return tensors.number("topk_threshold") if "batchtopk" in config.architecture else None
+
+    def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
+        transcodes = dictionary.d_in != dictionary.d_out
+        can = ("relu", "jumprelu") if transcodes else ("relu", "topk", "abs_topk", "jumprelu")
+        p = plain(dictionary, "SAELens's transcoder" if transcodes else "SAELens", *can)
+        named = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "jumprelu": "jumprelu"}
+        architecture = {"relu": "transcoder", "jumprelu": "jumprelu_transcoder"} if transcodes else named
+        hook = facts.hook or hook_of_site(facts.site)
+        metadata = {"sae_lens_version": _VERSION, "model_name": facts.model, "hook_name": hook}
+        metadata["hook_name_out"] = hook_of_site(facts.target_site)
+        config = {
+            "architecture": architecture[p.activation],
+            "d_in": p.d_in,
+            "d_sae": p.n_features,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": p.subtracts,
+            "normalize_activations": "none",
+            "reshape_activations": "hook_z" if (hook or "").endswith("hook_z") else "none",
+            "metadata": {name: value for name, value in metadata.items() if value is not None},
+        }
+        if transcodes:
+            config["d_out"] = p.d_out
+        if p.k is not None:
+            config.update(k=p.k, rescale_acts_by_decoder_norm=False)
+        tensors = {"W_enc": p.W_enc.T, "W_dec": p.W_dec, "b_enc": p.b_enc, "b_dec": p.b_dec}
+        if p.threshold is not None:
+            tensors["threshold"] = p.threshold
+        write_tensors(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, config)
+
+
+class _Config:
+    """The settings of version 6 (site and model in ``metadata``) and the flat ones before it, read alike."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.metadata = settings, settings.section("metadata")
+        self.activation = settings.get("activation_fn", str) or settings.get("activation_fn_str", str) or "relu"
+        self.architecture = settings.get("architecture", str, "standard")
+        if self.activation == "topk" and self.k is not None:
+            self.architecture = "topk"
+        normalisation = settings.get("normalize_activations", object)
+        if normalisation is None or isinstance(normalisation, bool):
+            normalisation = "expected_average_only_in" if normalisation else "none"
+        self.normalisation = str(normalisation)[:40]
+        default = "transcoder" not in self.architecture
+        self.subtracts = settings.get("apply_b_dec_to_input", bool, default)
+        self.hook = self.word("hook_name") or self.word("hook_point")
+
+    @property
+    def k(self) -> float | None:
+        return self.settings.get("k", float) or self.settings.section("activation_fn_kwargs").get("k", float)
+
+    def any(self, name: str) -> Any:
+        value = self.metadata.get(name, object)
+        return self.settings.get(name, object) if value is None else value
+
+    def word(self, name: str) -> str | None:
+        value = self.any(name)
+        return value if isinstance(value, str) else None
+
+    def options(self, n_features: int) -> dict[str, Any]:
+        if "topk" not in self.architecture:
+            return {}
+        if self.k is None:
+            raise UnweaveError(f"{self.settings.origin}: expected k for the architecture {self.architecture!r}")
+        options: dict[str, Any] = {"k": max(1, round(self.k))}
+        if self.architecture == "matryoshka_batchtopk":
+            ends = [0, *self.settings.get("matryoshka_widths", list, []), n_features]
+            ends = [end for i, end in enumerate(ends) if i == 0 or end > ends[i - 1]]
+            options["group_fractions"] = tuple((b - a) / n_features for a, b in pairwise(ends))
+        return options

@@ -1,0 +1,42 @@
+"""From a run, or any library's checkpoint, to another library's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unweave import formats
+from unweave.formats import Facts
+from unweave.runs import Run, load
+
+
+def convert(thing: str | Path, to: str, out: str | Path, **options: Any) -> Facts:
+    """Write a dictionary in the format ``to``, with what is known of its model and site.
+
+    Args:
+        thing: a run folder, or whatever :func:`unweave.load` reads. out: a new folder. options: what the files of
+            ``thing`` do not say.
+
+    Returns:
+        Facts: of what was written.
+
+    Raises:
+        UnweaveError: when it cannot be read, or the format cannot express it.
+    """
+    formats.get(to)  # a misspelt format is told before anything is read
+    opened = load(thing, **options)
+    if isinstance(opened, Run):
+        dictionary, facts = opened.dictionary, _facts_of_run(opened)
+    else:
+        dictionary, facts = opened, formats.inspect(thing, **options)
+    folder = formats.write(dictionary, to, out, facts)
+    return formats.inspect(folder)
+
+
+def _facts_of_run(run: Run) -> Facts:
+    known = Facts("unweave", run.dictionary.name)
+    if not run.recipe:
+        return known
+    source = run.recipe["source"]
+    return replace(known, model=run.recipe["model"]["name"], site=source["site"], target_site=source.get("target_site"))

@@ -1,0 +1,131 @@
+"""The reverse of ``make.py``: what unweave writes, the real libraries load, and compute the same.
+
+Run where a library is installed, with unweave on the path::
+
+    PYTHONPATH=src python tests/formats/golden/check_written.py [LIBRARY ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave import formats
+from unweave.dictionaries import Dictionary, build
+from unweave.errors import UnweaveError
+
+D, M, K = 8, 24, 4
+FACTS = formats.Facts("unweave", "any", model="gpt2", site="layers.3", hook="blocks.3.hook_resid_post")
+
+
+def dictionaries() -> dict[str, Dictionary]:
+    """One of every kind, with no bias zero and no norm one."""
+    torch.manual_seed(0)
+    made = {
+        "relu": build("relu", D, M),
+        "relu_subtracting": build("relu", D, M, variant="standard", subtract_bias=True),
+        "topk": build("topk", D, M, k=K),
+        "topk_plain": build("topk", D, M, k=K, subtract_bias=False),
+        "abs_topk": build("abs_topk", D, M, k=K),
+        "batch_topk": build("batch_topk", D, M, k=K),
+        "batch_topk_untrained": build("batch_topk", D, M, k=K),
+        "matryoshka": build("matryoshka", D, M, k=K, group_fractions=(0.25, 0.75)),
+        "jumprelu": build("jumprelu", D, M, target_l0=K),
+    }
+    with torch.no_grad():
+        for name, dictionary in made.items():
+            for parameter in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec):
+                parameter.add_(0.4 * torch.randn_like(parameter))
+            if name in ("batch_topk", "matryoshka"):
+                dictionary.threshold.fill_(0.8)
+            if name == "jumprelu":
+                dictionary.log_threshold.copy_(torch.randn(M) * 0.5 - 0.5)
+    return {name: dictionary.eval() for name, dictionary in made.items()}
+
+
+def rows() -> Tensor:
+    return 1.5 * torch.randn(64, D, generator=torch.Generator().manual_seed(1)) + 0.3
+
+
+def saelens(folder: Path) -> tuple[Tensor, Tensor]:
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder)
+    code = sae.encode(rows())
+    return code, sae.decode(code)
+
+
+def dictionary_learning(folder: Path) -> tuple[Tensor, Tensor]:
+    from dictionary_learning.utils import load_dictionary
+
+    dictionary, _ = load_dictionary(str(folder), "cpu")
+    code = dictionary.encode(rows())
+    return code, dictionary.decode(code)
+
+
+def sparsify(folder: Path) -> tuple[Tensor, Tensor]:
+    from sparsify import SparseCoder
+
+    coder = SparseCoder.load_from_disk(folder)
+    values, indices, _ = coder.encode(rows())
+    return torch.zeros(len(rows()), M).scatter_(1, indices, values), coder(rows()).sae_out
+
+
+def llamascopium(folder: Path) -> tuple[Tensor, Tensor]:
+    from llamascopium.models import sae  # noqa: F401  registers its classes
+    from llamascopium.models.sparse_dictionary import SparseDictionary
+
+    loaded = SparseDictionary.from_pretrained(str(folder))
+    code = loaded.encode(rows())
+    return code, loaded.decode(code)
+
+
+# What each can express; every other dictionary has to be refused.
+LIBRARIES: dict[str, tuple[str, Callable[[Path], tuple[Tensor, Tensor]], set[str]]] = {
+    "saelens": ("sae_lens", saelens, set(dictionaries())),
+    "dictionary_learning": ("dictionary_learning", dictionary_learning, set(dictionaries()) - {"abs_topk"}),
+    "sparsify": ("sparsify", sparsify, {"topk", "topk_plain", "batch_topk_untrained"}),
+    "llamascopium": ("llamascopium", llamascopium, set(dictionaries()) - {"abs_topk"}),
+}
+
+
+@torch.no_grad()
+def check(library: str) -> dict[str, Any]:
+    """The largest relative difference for each kind of dictionary, or why unweave did not write it."""
+    _, load, can = LIBRARIES[library]
+    found: dict[str, Any] = {}
+    for name, dictionary in dictionaries().items():
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                folder = formats.write(dictionary, library, Path(place) / "written", FACTS)
+            except UnweaveError as error:
+                found[name] = str(error)
+            assert (name not in found) == (name in can), f"{library}, {name}: {found.get(name, 'was written')}"
+            if name in found:
+                continue
+            code, output = load(folder)
+        mine = dictionary.encode(rows()).dense()
+        assert torch.equal(mine != 0, code != 0), f"{library}, {name}: other features fire"
+        worst = max(
+            float((theirs - ours).norm() / ours.norm()) for theirs, ours in ((code, mine), (output, dictionary(rows())))
+        )
+        assert worst < 1e-5, f"{library}, {name}: {worst:.2g}"
+        found[name] = worst
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for library in sys.argv[1:] or LIBRARIES:
+        if find_spec(LIBRARIES[library][0]) is None:
+            print(f"{library}: not installed")
+            continue
+        for name, result in check(library).items():
+            print(f"{library:20} {name:22} {result if isinstance(result, str) else f'{result:.1e}'}"[:160])
