@@ -48,7 +48,8 @@ def loss_is_well_formed(case: Case) -> None:
     assert loss.code is not None
     require(not loss.code.values.requires_grad, "its code carries a gradient (detach it)")
     require_valid(loss.code, len(batch.input), dictionary, "code of the loss")
-    made = loss.reconstruction() if callable(loss.reconstruction) else loss.reconstruction
+    with torch.no_grad():  # as the trainer does
+        made = loss.reconstruction() if callable(loss.reconstruction) else loss.reconstruction
     if made is not None:
         require(made.shape == batch.target.shape, f"reconstruction: found shape {tuple(made.shape)}")
         require(not made.requires_grad, "its reconstruction carries a gradient (detach it)")

@@ -148,9 +148,9 @@ class Trainer:
         return counts
 
     def _reconstruction(self, loss: Loss, x: Tensor) -> Tensor:
-        if loss.reconstruction is not None:
-            return loss.reconstruction() if callable(loss.reconstruction) else loss.reconstruction
         with torch.no_grad():
+            if loss.reconstruction is not None:
+                return loss.reconstruction() if callable(loss.reconstruction) else loss.reconstruction
             assert loss.code is not None
             return self.dictionary.reconstruct(x, loss.code)
 
