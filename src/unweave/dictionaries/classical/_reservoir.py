@@ -19,10 +19,11 @@ class Reservoir(nn.Module):
     keys: Tensor
     n_kept: Tensor
     n_learnt: Tensor
+    seed: Tensor
 
     def __init__(self, size: int, d: int, seed: int) -> None:
         super().__init__()
-        self._seed = seed
+        self.register_buffer("seed", torch.tensor(seed))  # of the hash; a resumed sample goes on with its own
         self.register_buffer("kept", torch.zeros(size, d))
         self.register_buffer("keys", torch.full((size,), _LAST))
         self.register_buffer("n_kept", torch.tensor(0))
@@ -30,7 +31,7 @@ class Reservoir(nn.Module):
 
     def add(self, x: Tensor) -> None:
         """Offer ``(n, d)`` rows."""
-        keys, order = _hash(x, self._seed).sort(stable=True)
+        keys, order = _hash(x, int(self.seed)).sort(stable=True)
         new = torch.ones_like(keys, dtype=torch.bool)
         new[1:] = keys[1:] != keys[:-1]
         new &= (keys < self.keys.max()) & ~torch.isin(keys, self.keys)

@@ -34,6 +34,7 @@ class KMeans(LinearClassical):
 
     Config = KMeansConfig
     citation = "Lloyd 1982, Least squares quantization in PCM; Arthur, Vassilvitskii 2007, k-means++"
+    scaled_codes = False  # memberships
 
     def rule(self) -> Rule:
         return TopKRule(1)
