@@ -39,11 +39,11 @@ def fitted(request: pytest.FixtureRequest) -> tuple[Dictionary, Tensor]:
     return unweave.fit(x, request.param, n_features=48, n_rows=150 * 64, batch_size=64, **options), x
 
 
-# Measured: 0.03 to 0.39, the last of top-AFA.
+# Measured: 0.005 (top_afa, which uses most features) to 0.21 (poly_matryoshka).
 def test_it_trains(fitted: tuple[Dictionary, Tensor]) -> None:
     dictionary, x = fitted
     with torch.no_grad():
-        assert fvu(x, dictionary(x)) < 0.6
+        assert fvu(x, dictionary(x)) < 0.4
 
 
 def test_saved_and_loaded_it_gives_identical_codes(fitted: tuple[Dictionary, Tensor], tmp_path) -> None:

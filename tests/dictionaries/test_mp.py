@@ -164,7 +164,7 @@ def test_what_a_pursuit_cannot_do_is_refused() -> None:
 
 
 # 1500 to 6000 steps of 200 rows at the authors' rate. Measured over 4 seeds at cosines 0, 0.1 and 0.4 within a level:
-# MMCS 1.000 and a cosine below 0.0001 in 10 of 12 after 3000 steps, and in all after 6000.
+# MMCS 1.000 and a cosine below 0.0001 in 10 of 12 after 3000 steps, and in the other two after 6000.
 @pytest.mark.parametrize(
     ("level", "seed", "n_steps"),
     [
