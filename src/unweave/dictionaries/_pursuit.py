@@ -30,7 +30,9 @@ class PursuitConfig(DictionaryConfig):
     k: PositiveInt = 32
 
     @model_validator(mode="after")
-    def _widths_fit(self) -> PursuitConfig:
+    def _fits(self) -> PursuitConfig:
+        if self.k > self.n_features:
+            raise ValueError(f"k must be at most n_features = {self.n_features}")
         if self.d_in != self.d_out:
             raise ValueError(
                 "a pursuit takes its codes from the rows it reconstructs, so d_in and d_out must be equal, found "
