@@ -15,8 +15,7 @@ from unweave.errors import UnweaveError
 from unweave.evaluation import evaluate, measure_loss
 from unweave.interventions import reconstruct, splice
 from unweave.metrics import Groups
-from unweave.sources import LanguageModel, TextSource
-from unweave.sources._positions import Contexts
+from unweave.sources import Contexts, LanguageModel, TextSource
 from unweave.training import EndToEndConfig, train_end_to_end
 from unweave.training._end_to_end import ContextStream, EndToEndTrainer
 
@@ -190,7 +189,7 @@ def test_steps_take_whole_contexts_and_every_context_once_an_epoch(model, docume
             break
         assert batch.n_rows >= 70
         seen.append(batch)
-    everything = [b for b in source.batches()]
+    everything = list(source.batches())
     rows = torch.cat([b.input for b in everything])
     ours = torch.cat([b.input for b in [*seen, batch]])
     assert torch.equal(ours[: len(rows)], rows)
@@ -236,7 +235,7 @@ def test_a_killed_run_ends_with_the_same_bits(model, documents, tmp_path, arch: 
     assert logs[0] == logs[1]
     finished = train_end_to_end(dictionary_of(arch, seed=5), model, source, config(**options), tmp_path / "killed")
     assert torch.equal(finished.dictionary.state_dict()["W_dec"], theirs["W_dec"])
-    with pytest.raises(UnweaveError, match="kl_coefficient: there 1.0, now 0.5"):
+    with pytest.raises(UnweaveError, match=r"kl_coefficient: there 1\.0, now 0\.5"):
         train_end_to_end(dictionary_of(arch), model, source, config(kl_coefficient=0.5, **options), tmp_path / "killed")
 
 
@@ -259,7 +258,7 @@ def test_what_cannot_be_is_refused(model, documents, tiny_model) -> None:
     other = LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
     with pytest.raises(UnweaveError, match="the source reads"):
         train_end_to_end(dictionary_of(), other, source, config())
-    with pytest.raises(UnweaveError, match="no block comes behind 'layers.3'"):
+    with pytest.raises(UnweaveError, match=r"no block comes behind 'layers\.3'"):
         late = text(model, documents, site="layers.3")
         train_end_to_end(dictionary_of(), model, late, config(downstream_coefficient=1.0))
     dictionary = dictionary_of()
@@ -292,6 +291,8 @@ def trained_model(tiny_model, documents) -> LanguageModel:
     return LanguageModel(model.model, model.tokenizer, name="trained")
 
 
+# Seeds 0-2, end to end and local at L0 2.0: CE recovered 0.998 to 0.999 and 0.87 to 0.98; KL 0.004 to 0.005 and 0.12 to
+# 0.72; FVU 0.32 to 0.34 and 0.03 to 0.05. With four times the steps 1.000 and 0.975 to 0.999; FVU 0.28 to 0.41 and 0.01.
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_end_to_end_predicts_better_and_reconstructs_worse_at_equal_l0(trained_model, documents, seed: int) -> None:
@@ -301,16 +302,15 @@ def test_end_to_end_predicts_better_and_reconstructs_worse_at_equal_l0(trained_m
     for name, kl in (("end to end", 1.0), ("local", 0.0)):
         torch.manual_seed(seed)
         settings = config(
-            n_rows=600 * 256, batch_size=256, lr=3e-3, kl_coefficient=kl, local_coefficient=1.0 - kl, seed=seed
+            n_rows=150 * 256, batch_size=256, lr=3e-3, kl_coefficient=kl, local_coefficient=1.0 - kl, seed=seed
         )
         trained = train_end_to_end(build("topk", 32, 64, k=2), trained_model, source, settings)
         found[name] = evaluate(
             trained.dictionary, held_out, n_rows=2000, n_loss_tokens=2000, baselines=False, progress=False
         )
     scores = {n: {k: e.metrics[k].value for k in ("ce_loss_recovered", "kl", "fvu", "l0")} for n, e in found.items()}
-    print(scores)
     ours, local = scores["end to end"], scores["local"]
     assert ours["l0"] == pytest.approx(local["l0"], abs=0.05)
     assert ours["ce_loss_recovered"] > local["ce_loss_recovered"]
-    assert ours["kl"] < local["kl"]
-    assert ours["fvu"] > local["fvu"]
+    assert ours["kl"] < local["kl"] / 4
+    assert ours["fvu"] > 3 * local["fvu"]
