@@ -292,7 +292,7 @@ def trained_model(tiny_model, documents) -> LanguageModel:
 
 
 # Seeds 0-2, end to end and local at L0 2.0: CE recovered 0.998 to 0.999 and 0.87 to 0.98; KL 0.004 to 0.005 and 0.12 to
-# 0.72; FVU 0.32 to 0.34 and 0.03 to 0.05. With four times the steps 1.000 and 0.975 to 0.999; FVU 0.28 to 0.41 and 0.01.
+# 0.72; FVU 0.32 to 0.34 and 0.03 to 0.05.
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_end_to_end_predicts_better_and_reconstructs_worse_at_equal_l0(trained_model, documents, seed: int) -> None:
