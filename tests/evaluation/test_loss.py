@@ -13,7 +13,7 @@ from unweave.evaluation import loss as loss_module
 from unweave.evaluation._forward import ReplayForward, WholeForward
 from unweave.evaluation.loss import LossSums
 from unweave.metrics import Groups
-from unweave.sources._positions import Contexts
+from unweave.sources import Contexts
 from unweave.sources.sites import find_blocks, find_site
 
 SITES = ["layers.1", "layers.1:input", "layers.2.mlp", "layers.2.attn", "layers.0.attn.heads", "layers.3"]

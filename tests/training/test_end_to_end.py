@@ -15,8 +15,7 @@ from unweave.errors import UnweaveError
 from unweave.evaluation import evaluate, measure_loss
 from unweave.interventions import reconstruct, splice
 from unweave.metrics import Groups
-from unweave.sources import LanguageModel, TextSource
-from unweave.sources._positions import Contexts
+from unweave.sources import Contexts, LanguageModel, TextSource
 from unweave.training import EndToEndConfig, train_end_to_end
 from unweave.training._end_to_end import ContextStream, EndToEndTrainer
 
@@ -292,6 +291,8 @@ def trained_model(tiny_model, documents) -> LanguageModel:
     return LanguageModel(model.model, model.tokenizer, name="trained")
 
 
+# Seeds 0-2, end to end and local at L0 2.0: CE recovered 0.998 to 0.999 and 0.87 to 0.98; KL 0.004 to 0.005 and 0.12 to
+# 0.72; FVU 0.32 to 0.34 and 0.03 to 0.05.
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_end_to_end_predicts_better_and_reconstructs_worse_at_equal_l0(trained_model, documents, seed: int) -> None:
@@ -301,16 +302,15 @@ def test_end_to_end_predicts_better_and_reconstructs_worse_at_equal_l0(trained_m
     for name, kl in (("end to end", 1.0), ("local", 0.0)):
         torch.manual_seed(seed)
         settings = config(
-            n_rows=600 * 256, batch_size=256, lr=3e-3, kl_coefficient=kl, local_coefficient=1.0 - kl, seed=seed
+            n_rows=150 * 256, batch_size=256, lr=3e-3, kl_coefficient=kl, local_coefficient=1.0 - kl, seed=seed
         )
         trained = train_end_to_end(build("topk", 32, 64, k=2), trained_model, source, settings)
         found[name] = evaluate(
             trained.dictionary, held_out, n_rows=2000, n_loss_tokens=2000, baselines=False, progress=False
         )
     scores = {n: {k: e.metrics[k].value for k in ("ce_loss_recovered", "kl", "fvu", "l0")} for n, e in found.items()}
-    print(scores)
     ours, local = scores["end to end"], scores["local"]
     assert ours["l0"] == pytest.approx(local["l0"], abs=0.05)
     assert ours["ce_loss_recovered"] > local["ce_loss_recovered"]
-    assert ours["kl"] < local["kl"]
-    assert ours["fvu"] > local["fvu"]
+    assert ours["kl"] < local["kl"] / 4
+    assert ours["fvu"] > 3 * local["fvu"]

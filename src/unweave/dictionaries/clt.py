@@ -118,7 +118,9 @@ class CrossLayerTranscoder(Parts):
 
     def _entries(self, inputs: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:
         """The scores at the entries of a pattern, differentiable without a dense gradient."""
-        values = scores.new_zeros(len(pattern.indices))
+        values = scores.reshape(-1)[pattern.flat]
+        if not torch.is_grad_enabled():
+            return values
         for layer, here, part in self._layers(pattern):
             at = slice(layer * self.per_layer, (layer + 1) * self.per_layer)
             found = sparse_encode(inputs[layer], self.W_enc[at], self.b_enc[at], scores[:, at], part)

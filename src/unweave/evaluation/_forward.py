@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unweave.errors import UnweaveError
 from unweave.interventions import RowEdit, splice
-from unweave.sources._positions import Contexts
+from unweave.sources import Contexts
 from unweave.sources.sites import Site, find_blocks
 
 Edit = tuple[RowEdit, Site]  # what to write at the target site, and the site whose rows it is given

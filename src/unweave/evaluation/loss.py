@@ -4,7 +4,7 @@
 site might as well be zeroed. Zeroing is a weak rival (it breaks more than it removes), so the same ratio with mean
 ablation, ``ce_loss_recovered_mean``, stands beside it. All variants are spliced at the same positions: those that
 gave rows in the source (not BOS, not padding, not the high-norm rows it dropped). What counts as a prediction is
-defined in :class:`unweave.sources._positions.Contexts`.
+defined in :class:`unweave.sources.Contexts`.
 
 SAEBench and SAELens call the same ratio ``ce_loss_score``; their KL score is a ratio, ours is in nats a token.
 """
@@ -22,7 +22,7 @@ from unweave.batch import ActivationBatch
 from unweave.evaluation._forward import LOGIT_BYTES, Edit, Forward, ReplayForward, WholeForward
 from unweave.interventions import RowEdit, ablate_mean, ablate_zero
 from unweave.metrics import GroupedSums, Groups
-from unweave.sources._positions import Contexts
+from unweave.sources import Contexts
 from unweave.sources.sites import Site
 
 

@@ -3,6 +3,7 @@
 from unweave.sources._base import Source as Source
 from unweave.sources._base import SourceGroup as SourceGroup
 from unweave.sources._loading import parse_device as parse_device
+from unweave.sources._positions import Contexts as Contexts
 from unweave.sources.arrays import ArraySource as ArraySource
 from unweave.sources.assets import demo_documents as demo_documents
 from unweave.sources.assets import demo_model as demo_model

@@ -16,8 +16,7 @@ from unweave.batch import ActivationBatch, Items
 from unweave.dictionaries import Dictionary, TrainingBatch
 from unweave.errors import UnweaveError
 from unweave.interventions import splice
-from unweave.sources import LanguageModel, TextSource
-from unweave.sources._positions import Contexts
+from unweave.sources import Contexts, LanguageModel, TextSource
 from unweave.sources.sites import Site, find_blocks
 from unweave.training._steps import Diverged
 from unweave.training._trainer import Trainer
