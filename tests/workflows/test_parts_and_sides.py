@@ -154,6 +154,18 @@ def test_temporal_from_the_command_line(tiny_model, corpus, tmp_path):
         assert torch.equal(batch.side[row], expected)
 
 
+def test_gradients_on_the_fly(tiny_model, corpus, tmp_path, monkeypatch):
+    from unweave.sources import _running
+
+    recipe = recipe_of(tiny_model, corpus, arch="g_sae", side="gradient", stream=True, evaluation=EVALUATION, index={})
+    pipeline = quiet(recipe, tmp_path)
+    pipeline.train()
+    # Measuring and indexing only read activations: nothing goes backwards any more.
+    monkeypatch.setattr(_running, "_run", lambda *_: pytest.fail("a gradient was made"))
+    assert pipeline.evaluate().metrics["ce_loss_recovered"].value is not None
+    assert pipeline.index().n_features == 96
+
+
 def test_a_store_keeps_its_gradients_for_later(tiny_model, corpus, tmp_path):
     recipe = recipe_of(tiny_model, corpus, side="gradient", dtype="int8")
     store = harvest_only(recipe, tmp_path / "store", lambda line: None)

@@ -225,13 +225,15 @@ class Pipeline:
         if (folder / "manifest.json").is_file() and not force:
             return FeatureStore.open(folder)
         settings = settings or self.recipe.index or IndexRecipe()
-        origin = self.source if self.store is None else self.store
+        origin, rows = self.origin, self.origin
+        if self.store is None and self.recipe.source.side:  # gradients would be made for nothing
+            rows = open_source(self.recipe, self.model, self.documents, with_side=False)
         n_rows = min(settings.tokens, self.recipe.source.tokens if self.store is None else self.store.n_rows)
         started = time.monotonic()
         features = build_features(
             folder,
             self.dictionary,
-            first_rows(origin.batches(), n_rows),
+            first_rows(rows.batches(), n_rows),
             token_bytes=self.model.token_bytes(),
             unembed=self._unembed(origin.provenance),
             config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
