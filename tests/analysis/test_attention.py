@@ -171,6 +171,7 @@ def test_features_upstream_are_the_attention_component_but_for_bias_and_error(tr
     assert sum(abs(amount) for amount in amounts) > 0.01
 
 
+@torch.no_grad()
 def test_d_a_splice_with_the_error_term_and_no_edit_changes_nothing(model, tokens, dictionaries):
     clean = model.model(tokens[None]).logits
     for n, dictionary in dictionaries.items():

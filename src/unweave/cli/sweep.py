@@ -18,7 +18,10 @@ def sweep(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
     site: Annotated[str | None, typer.Option(help="Where to read activations, such as layers.12.")] = None,
-    data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder. Dialogues: data.format=chat"),
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Activations that `unweave harvest` stored.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Activations to collect, such as 2M.")] = None,
     passes: Annotated[float | None, typer.Option(help="How often to go over the activations.")] = None,

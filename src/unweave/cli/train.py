@@ -24,7 +24,10 @@ def train(
         typer.Option(help="layers.12, layers.12:input, layers.12.mlp, ...; joined: layers.6+layers.12"),
     ] = None,
     target_site: Annotated[str | None, typer.Option(help="Reconstruct this site instead (a transcoder).")] = None,
-    data: Annotated[str | None, typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Hub dataset, or .txt/.jsonl/.parquet/.csv file or folder. Dialogues: data.format=chat"),
+    ] = None,
     text_field: Annotated[str | None, typer.Option(help="The field that holds the text.")] = None,
     store: Annotated[Path | None, typer.Option(help="Train from activations that `unweave harvest` stored.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Activations to collect, such as 2M.")] = None,

@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ CHAT_DEFAULTS: dict[str, Any] = {"context_size": 8192, "keep_special": True, "ma
 CHAT_FIELDS = ("messages", "conversations", "conversation")
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+_ROLE_TOKENS = 4  # at most, of a role's word
 _ROLE_WORDS = frozenset({"system", "user", "assistant", "model", "tool"})
 # Some templates print today's date, and then the rows would depend on the day. This is Llama 3.2's own default.
 _TODAY = "26 Jul 2024"
@@ -131,17 +131,21 @@ class ChatTemplate:
             return ""
 
     @cached_property
-    def marks(self) -> dict[str, list[int]]:
-        """The ids of what the template itself writes into a dialogue: ``special`` tokens and the words for ``roles``.
+    def marks(self) -> dict[str, list[Any]]:
+        """What the template itself writes into a dialogue: ids of ``special`` tokens, and of the words for ``roles``.
 
         Found by rendering one. A special token that stands only in front of the whole (BOS) is not of the dialogue and
-        not listed, as it is not in the paper's lists.
+        not listed, as it is not in the paper's lists. A role is a list of ids, since its word may be several tokens.
         """
         ids = self._tokenizer(self.render(_PROBE), add_special_tokens=False)["input_ids"]
         special = {i for i in ids[1:] if i in self._special_ids}
-        behind = {after for before, after in pairwise(ids) if before in special and after not in special}
-        roles = {i for i in behind if self._tokenizer.decode([i]).strip() in _ROLE_WORDS}
-        return {"special": sorted(special), "roles": sorted(roles)}
+        roles = set()
+        for at in (place + 1 for place, i in enumerate(ids) if i in special):
+            for end in range(at + 1, at + 1 + _ROLE_TOKENS):
+                if self._tokenizer.decode(ids[at:end]).strip() in _ROLE_WORDS and not special & set(ids[at:end]):
+                    roles.add(tuple(ids[at:end]))
+                    break
+        return {"special": sorted(special), "roles": [list(role) for role in sorted(roles)]}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -149,14 +153,21 @@ class ChatTemplate:
         return {"template_sha256": hashlib.sha256(self.text.encode()).hexdigest(), **self.marks}
 
 
-def template_tokens(items: Items, marks: Mapping[str, Sequence[int]]) -> Tensor:
+def template_tokens(items: Items, marks: Mapping[str, Sequence[Any]]) -> Tensor:
     """``(n_tokens,)`` boolean: the tokens that the template wrote, by a chat source's ``provenance["chat"]``.
 
     Its special tokens, and the word for a role right behind one. (The paper names "user" and "assistant" beside the
     special tokens; that only those in their place count, not those in what people say, is our choice.)
     """
-    special = torch.isin(items.tokens, torch.tensor(list(marks["special"]), dtype=items.tokens.dtype))
-    role = torch.isin(items.tokens, torch.tensor(list(marks["roles"]), dtype=items.tokens.dtype))
-    behind = special.roll(1)
-    behind[items.offsets[:-1][items.offsets.diff() > 0]] = False
-    return special | (role & behind)
+    tokens, item, n = items.tokens, items.item_of_token, items.n_tokens
+    special = torch.isin(tokens, torch.tensor(list(marks["special"]), dtype=tokens.dtype))
+    marked = special.clone()
+    for role in marks["roles"]:
+        # Every place with room for a special token and the word, all in one item.
+        first = torch.arange(max(0, n - len(role)))
+        hit = special[first] & (item[first] == item[first + len(role)])
+        for k, token in enumerate(role, 1):
+            hit &= tokens[first + k] == token
+        for k in range(1, len(role) + 1):
+            marked[first[hit] + k] = True
+    return marked

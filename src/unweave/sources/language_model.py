@@ -250,7 +250,7 @@ class LanguageModel:
 def norm_scale(
     norm: nn.Module, d: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, bool]:
-    """``(d,)`` what a norm multiplies a row of mean square 1 with, and whether it subtracts the mean.
+    """``(d,)`` what a norm multiplies a row of mean square 1 with, coordinate by coordinate; and whether it centres it.
 
     Measured by calling the norm, since the classes differ: Gemma scales by 1 + weight, LayerNorm centres, some norms
     have no weight.
