@@ -15,7 +15,18 @@ SRC = ROOT / "src" / "unweave"
 # DESIGN's rooms from the ground up: a room imports rooms above it in this list, never one below.
 ROOMS = [
     *("errors", "files", "config", "progress", "kernels", "codes", "batch", "metrics", "dictionaries", "sources"),
-    *("interventions", "activations", "training", "formats", "features", "evaluation", "runs", "workflows", "web", "cli"),
+    *(
+        "interventions",
+        "activations",
+        "training",
+        "formats",
+        "features",
+        "evaluation",
+        "runs",
+        "workflows",
+        "web",
+        "cli",
+    ),
 ]
 HEAVY = ("transformers", "fastapi", "pyarrow", "sklearn", "scipy", "jinja2", "pandas", "datasets", "tokenizers")
 
