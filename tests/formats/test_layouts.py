@@ -150,6 +150,19 @@ def test_openai_relu(tmp_path: Path, w: dict[str, Tensor], x: Tensor, tied: bool
     assert (facts.format, facts.site) == ("openai", "layers.6.mlp")
 
 
+def test_openai_topk_standardises_every_row(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
+    state = {"pre_bias": w["b_dec"], "encoder.weight": w["W_enc"], "latent_bias": w["b_enc"], "activation": "TopK"}
+    state |= {"decoder.weight": w["W_dec"].T, "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
+    torch.save(state, tmp_path / "6.pt")
+    mean, size = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    z = topk(((x - mean) / (size + 1e-5) - w["b_dec"]) @ w["W_enc"].T + w["b_enc"])
+    facts = same(tmp_path / "6.pt", x, z, (z @ w["W_dec"] + w["b_dec"]) * size + mean)
+    assert facts.k == K
+    torch.save(state | {"activation_state_dict": {}}, tmp_path / "6.pt")
+    with pytest.raises(UnweaveError, match="does not say its k"):
+        formats.load(tmp_path / "6.pt")
+
+
 def test_qwen_scope(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
     state = {"W_enc": w["W_enc"], "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
     torch.save(state, tmp_path / "layer5.sae.pt")

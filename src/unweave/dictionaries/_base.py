@@ -96,8 +96,15 @@ class Dictionary(nn.Module):
         """``(n_features, d_out)``, what each feature writes (for a non-linear decoder, its linear view)."""
         raise NotImplementedError
 
+    def reconstruct(self, x: Tensor, code: SparseCode) -> Tensor:
+        """``(n, d_out)``: what is made of the rows ``x`` with their ``code``, worked out before or edited since.
+
+        That is ``decode(code)``, unless an architecture lets something of the input pass its code by.
+        """
+        return self.decode(code)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        return self.reconstruct(x, self.encode(x))
 
     @classmethod
     def sparsity_option(cls, l0: float) -> dict[str, Any]:

@@ -142,8 +142,9 @@ def _measure_dictionary(
     firing = FiringSums(dictionary.n_features, groups)
     with bar(rows.n_rows, "evaluate: reconstruct", "rows", progress) as advance:
         for x, target, document in _chunks(rows.batches, dictionary):
-            code = dictionary.encode(dictionary.check_input(x))
-            x_hat = dictionary.decode(code)
+            x = dictionary.check_input(x)
+            code = dictionary.encode(x)
+            x_hat = dictionary.reconstruct(x, code)
             if not bool(torch.isfinite(x_hat).all()):
                 raise UnweaveError(
                     "evaluate: the dictionary makes NaN or infinity of finite rows: its weights are broken"

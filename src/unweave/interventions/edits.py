@@ -39,9 +39,10 @@ def reconstruct(dictionary: Dictionary, edit: CodeEdit | None = None, keep_error
     Args:
         dictionary: gives the codes and decodes them.
         edit: changes the codes before they are decoded.
-        keep_error: False gives ``decode(edit(z))``. True adds back what the dictionary could not explain,
-            ``x + (decode(edit(z)) - decode(z))``: only the edit shows, and an edit that changes nothing leaves the
-            row exactly as it was. Needs a dictionary whose output is its input (``d_out == d_in``).
+        keep_error: False gives ``decode(edit(z))``, and what an architecture lets pass its code by. True adds back
+            what the dictionary could not explain, ``x + (decode(edit(z)) - decode(z))``: only the edit shows, and an
+            edit that changes nothing leaves the row exactly as it was. Needs a dictionary whose output is its input
+            (``d_out == d_in``).
 
     Raises:
         UnweaveError: (when used) for rows of the wrong width or with NaN.
@@ -53,12 +54,13 @@ def reconstruct(dictionary: Dictionary, edit: CodeEdit | None = None, keep_error
         )
 
     def replace(rows: Tensor) -> Tensor:
-        code = dictionary.encode(dictionary.check_input(rows))
+        x = dictionary.check_input(rows)
+        code = dictionary.encode(x)
         edited = code if edit is None else edit(code)
-        decoded = dictionary.decode(edited)
+        decoded = dictionary.reconstruct(x, edited)
         if not keep_error:
             return decoded
-        change = decoded - dictionary.decode(code)
+        change = decoded - dictionary.reconstruct(x, code)
         # Added in the wider of the two dtypes and rounded once, so that no change means not one bit of change.
         return (rows.to(torch.promote_types(rows.dtype, change.dtype)) + change.to(rows.device)).to(rows.dtype)
 

@@ -141,7 +141,7 @@ class Trainer:
             return loss.reconstruction() if callable(loss.reconstruction) else loss.reconstruction
         with torch.no_grad():
             assert loss.code is not None
-            return self.dictionary.decode(loss.code)
+            return self.dictionary.reconstruct(x, loss.code)
 
     def _diverged(self, values: dict[str, float], lr: float) -> UnweaveError:
         shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
