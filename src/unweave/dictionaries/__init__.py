@@ -47,6 +47,8 @@ from unweave.dictionaries.registry import get as get
 from unweave.dictionaries.registry import names as names
 from unweave.dictionaries.registry import register as register
 from unweave.dictionaries.relu import ReLU as ReLU
+from unweave.dictionaries.standardised import StandardisedReLU as StandardisedReLU
+from unweave.dictionaries.standardised import StandardisedTopK as StandardisedTopK
 from unweave.dictionaries.switch import Switch as Switch
 from unweave.dictionaries.temporal import Temporal as Temporal
 from unweave.dictionaries.top_afa import TopAFA as TopAFA

@@ -11,11 +11,13 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts
 from unweave.formats.containers import Tensors
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 _KEYS = {"pre_bias", "encoder.weight", "latent_bias"}
 _SITES = {"resid_post_mlp": "layers.{}", "resid_delta_mlp": "layers.{}.mlp", "resid_delta_attn": "layers.{}.attn"}
 _SITES |= {"resid_post_attn": None, "mlp_post_act": None}
+
+_ARCHITECTURES = {"ReLU": "relu", "TopK": "standardised_topk"}
 
 
 @register("openai")
@@ -39,13 +41,13 @@ class OpenAI(Format):
         layer = re.fullmatch(r"(\d+)\.pt", path.name)
         pattern = _SITES.get(location or "")
         missing = None
-        if activation == "TopK":
-            missing = lacking("row normalisation", "OpenAI's TopK, which standardises every row,")
-        elif activation not in ("ReLU", "Identity"):
+        if activation == "TopK" and _k(tensors) is None:
+            missing = "it is called TopK but does not say its k"
+        elif activation not in ("ReLU", "TopK"):
             missing = f"the activation {activation!r} is not known"
         return Facts(
             self.name,
-            "topk" if activation == "TopK" else "relu",
+            _ARCHITECTURES.get(activation, activation),
             d_in=d,
             d_out=d,
             n_features=n_features,
@@ -63,7 +65,9 @@ class OpenAI(Format):
         n_features, d = tensors.shape("encoder.weight", 2)
         bias, W_enc = tensors.read("pre_bias", d), tensors.read("encoder.weight", n_features, d)
         W_dec = tensors.read("decoder.weight", d, n_features).T if "decoder.weight" in tensors else W_enc.clone()
-        return Parts("relu", W_enc, W_dec, tensors.read("latent_bias", n_features), b_dec=bias, b_pre=bias)
+        architecture = _ARCHITECTURES[_activation(tensors)]
+        options = {"k": int(_k(tensors))} if "topk" in architecture else {}
+        return Parts(architecture, W_enc, W_dec, tensors.read("latent_bias", n_features), bias, bias, options=options)
 
 
 def _weights(checkpoint: Checkpoint) -> str | None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unweave.dictionaries import Dictionary
+from unweave.dictionaries import Dictionary, names
 from unweave.errors import UnweaveError
 from unweave.files import write_json, write_tensors
 from unweave.formats._checkpoint import Checkpoint
@@ -24,7 +24,7 @@ _ARCHITECTURES |= {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
 _ARCHITECTURES |= {"batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
 _LACKING = {"gated": "gated", "matching_pursuit": "mp", "temporal": "temporal"}
 _LACKING |= {"skip_transcoder": "skip_transcoder", "jumprelu_skip_transcoder": "skip_transcoder with thresholds"}
-_PER_ROW = ("layer_norm", "constant_norm_rescale")
+_PER_ROW = {"layer_norm": "layer_norm", "constant_norm_rescale": "length"}
 _CONTEXT = (
     "context_size",
     "prepend_bos",
@@ -62,8 +62,10 @@ class SAELens(Format):
             missing = lacking(_LACKING[architecture], f"SAELens's {architecture}")
         elif architecture not in _ARCHITECTURES:
             missing = f"SAELens's architecture {architecture!r} is not known"
-        elif config.normalisation in _PER_ROW:
-            missing = lacking("row normalisation", f"normalize_activations = {config.normalisation!r}")
+        elif config.normalisation in _PER_ROW and config.registered not in names():
+            missing = lacking(
+                config.registered, f"{architecture} with normalize_activations = {config.normalisation!r}"
+            )
         elif config.activation not in ("relu", "topk"):
             missing = f"the activation {config.activation!r} is not known"
         if config.normalisation == "expected_average_only_in" and norm_scaling_factor is None:
@@ -72,7 +74,7 @@ class SAELens(Format):
             notes.append("rows are all heads side by side")
         return Facts(
             self.name,
-            _ARCHITECTURES.get(architecture, architecture),
+            config.registered,
             d_in=tensors.shape("W_enc", 2)[0] if "W_enc" in tensors else d_out,
             d_out=d_out,
             n_features=n_features,
@@ -101,7 +103,7 @@ class SAELens(Format):
             W_dec = W_dec * tensors.read("scaling_factor", n_features)[:, None]
         scale = 1.0 if norm_scaling_factor is None else float(norm_scaling_factor)
         return Parts(
-            _ARCHITECTURES[config.architecture],
+            config.registered,
             tensors.read("W_enc", d_in, n_features).T,
             W_dec,
             b_enc=tensors.read("b_enc", n_features),
@@ -170,6 +172,12 @@ class _Config:
         self.hook = self.word("hook_name") or self.word("hook_point")
 
     @property
+    def registered(self) -> str:
+        """Its name in unweave's registry, whether or not it is there."""
+        name = _ARCHITECTURES.get(self.architecture, self.architecture)
+        return f"standardised_{name}" if self.normalisation in _PER_ROW else name
+
+    @property
     def k(self) -> float | None:
         return self.settings.get("k", float) or self.settings.section("activation_fn_kwargs").get("k", float)
 
@@ -182,11 +190,13 @@ class _Config:
         return value if isinstance(value, str) else None
 
     def options(self, n_features: int) -> dict[str, Any]:
+        how = _PER_ROW.get(self.normalisation)
+        standardise = {} if how is None else {"standardise": how}
         if "topk" not in self.architecture:
-            return {}
+            return standardise
         if self.k is None:
             raise UnweaveError(f"{self.settings.origin}: expected k for the architecture {self.architecture!r}")
-        options: dict[str, Any] = {"k": max(1, round(self.k))}
+        options: dict[str, Any] = {"k": max(1, round(self.k)), **standardise}
         if self.architecture == "matryoshka_batchtopk":
             ends = [0, *self.settings.get("matryoshka_widths", list, []), n_features]
             ends = [end for i, end in enumerate(ends) if i == 0 or end > ends[i - 1]]
