@@ -17,7 +17,7 @@ from unweave.interventions import reconstruct, splice
 from unweave.metrics import Groups
 from unweave.sources import Contexts, LanguageModel, TextSource
 from unweave.training import EndToEndConfig, train_end_to_end
-from unweave.training._end_to_end import ContextStream, EndToEndTrainer
+from unweave.training._end_to_end import ContextStream, EndToEndTrainer, _rows
 
 SITE = "layers.1"
 
@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_spliced_model(model, documents, arch: str, 
     dictionary = dictionary_of(arch)
     trainer = started(dictionary, model, source, downstream_coefficient=downstream, local_coefficient=0.3)
     batch = trainer.ring.next()
-    x, target = trainer._prepared(batch.input, batch.target)
+    x, target = trainer._prepared(_rows(batch))[:2]
     with torch.no_grad():
         made = dictionary(x)
     values, grad = trainer._through_the_model(batch, made, target)
@@ -133,7 +133,7 @@ def test_a_local_error_alone_is_local_training(model, documents) -> None:
     dictionary = dictionary_of()
     trainer = started(dictionary, model, text(model, documents), kl_coefficient=0.0, local_coefficient=1.0)
     batch = trainer.ring.next()
-    x, target = trainer._prepared(batch.input, batch.target)
+    x, target = trainer._prepared(_rows(batch))[:2]
     with torch.no_grad():
         made = dictionary(x)
     _, grad = trainer._through_the_model(batch, made, target)
@@ -203,7 +203,7 @@ def test_few_contexts_at_a_time_give_the_same_gradient(model, documents, monkeyp
     dictionary = dictionary_of()
     trainer = started(dictionary, model, text(model, documents), local_coefficient=0.5)
     batch = trainer.ring.next()
-    x, target = trainer._prepared(batch.input, batch.target)
+    x, target = trainer._prepared(_rows(batch))[:2]
     with torch.no_grad():
         made = dictionary(x)
     whole, grad = trainer._through_the_model(batch, made, target)

@@ -41,6 +41,8 @@ class Standardised(LinearDictionary):
     of standardised rows, so that long rows count no more than short ones; that is our choice.
     """
 
+    scaled_codes = False  # values are of standardised rows
+
     epsilon: Tensor
 
     def __init__(self, config: StandardisedConfig) -> None:
@@ -53,7 +55,7 @@ class Standardised(LinearDictionary):
             size = x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
             return x / size.clamp_min(torch.finfo(x.dtype).tiny), torch.zeros_like(size), size
         mean = x.mean(1, keepdim=True)
-        size = (x - mean).std(1, keepdim=True)
+        size = ((x - mean).square().sum(1, keepdim=True) / max(1, x.shape[1] - 1)).sqrt()
         return (x - mean) / (size + self.epsilon.to(x)), mean, size
 
     def centre(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from unweave.activations.stream import Chunk
 from unweave.batch import ActivationBatch, Items
 from unweave.dictionaries import Dictionary, TrainingBatch
 from unweave.errors import UnweaveError
@@ -93,16 +94,14 @@ class ContextStream:
             self._batch = next(self._batches, None)
         return self._batch
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        """About ``n`` rows and targets from the beginning, for what depends on data."""
+    def sample(self, n: int) -> Chunk:
+        """About ``n`` rows from the beginning, for what depends on data."""
         taken: list[ActivationBatch] = []
         for batch in self.data.batches():
             taken.append(batch)
             if sum(b.n_rows for b in taken) >= n:
                 break
-        rows = torch.cat([batch.input for batch in taken])[:n]
-        tied = all(batch.target is batch.input for batch in taken)
-        return rows, rows if tied else torch.cat([batch.target for batch in taken])[:n]
+        return _rows(_joined(taken))
 
     def stats(self) -> dict[str, Any]:
         return {}
@@ -130,12 +129,17 @@ class EndToEndTrainer(Trainer):
     def __init__(self, dictionary: Dictionary, stream: ContextStream, model: LanguageModel, config: EndToEndConfig):
         super().__init__(dictionary, stream, config)  # pyright: ignore[reportArgumentType]
         self.model = model
-        self.site = stream.data.target_site
+        site = stream.data.target_site
+        if not isinstance(site, Site):
+            raise UnweaveError(
+                f"end-to-end training splices into one site, and {site.name} is several: train on their rows instead"
+            )
+        self.site = site
         self.later = later_sites(model, self.site, config)
 
     def advance(self) -> None:
         batch: ActivationBatch = self.ring.next()
-        x, target = self._prepared(batch.input, batch.target)
+        x, target, side = self._prepared(_rows(batch))
         lr, n = self.lr * self.config.lr_factor(self.step), len(x)
         chance = _random_state(self.device)
         with torch.no_grad():
@@ -145,7 +149,7 @@ class EndToEndTrainer(Trainer):
         aim = made - n / 2 * grad
         try:
             dead = self.silent > self.config.dead_rows
-            loss, values = self.stepper.run(TrainingBatch(x, aim, dead, self.progress), lr, self.progress)
+            loss, values = self.stepper.run(TrainingBatch(x, aim, dead, self.progress, side), lr, self.progress)
         except Diverged as error:
             raise self._diverged({**error.values, **measured}, lr) from None
         values |= measured  # also the mse, which was the distance to the aim
@@ -262,7 +266,8 @@ def _contexts(batch: ActivationBatch, first: int, stop: int) -> ActivationBatch:
     a, b = torch.searchsorted(batch.row_token, ends).tolist()
     rows = batch.input[a:b]
     target = rows if batch.target is batch.input else batch.target[a:b]
-    return ActivationBatch(rows, target, batch.items[first:stop], batch.row_token[a:b] - ends[0])
+    side = None if batch.side is None else batch.side[a:b]
+    return ActivationBatch(rows, target, batch.items[first:stop], batch.row_token[a:b] - ends[0], side)
 
 
 def _joined(parts: list[ActivationBatch]) -> ActivationBatch:
@@ -271,7 +276,14 @@ def _joined(parts: list[ActivationBatch]) -> ActivationBatch:
     tied = all(part.target is part.input for part in parts)
     target = rows if tied else torch.cat([part.target for part in parts])
     places = torch.cat([part.row_token + start for part, start in zip(parts, islice(starts, len(parts)))])
-    return ActivationBatch(rows, target, Items.concatenate([part.items for part in parts]), places)
+    sides = [part.side for part in parts if part.side is not None]
+    items = Items.concatenate([part.items for part in parts])
+    return ActivationBatch(rows, target, items, places, torch.cat(sides) if sides else None)
+
+
+def _rows(batch: ActivationBatch) -> Chunk:
+    """A batch as what a ring hands out."""
+    return Chunk(batch.input, batch.target, batch.meta.document, batch.side)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
