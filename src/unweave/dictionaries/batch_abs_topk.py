@@ -34,6 +34,7 @@ class BatchAbsTopK(BatchTopK):
 
     Config = BatchAbsTopKConfig
     citation = "Zhu, Khalili, Zhu 2026, AbsTopK: rethinking sparse autoencoders for bidirectional features, ICLR"
+    good_for = "signed features with a budget for the batch, where rows need unequal numbers"
     signed = True
 
     def __init__(self, config: BatchAbsTopKConfig) -> None:

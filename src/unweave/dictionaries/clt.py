@@ -77,6 +77,7 @@ class CrossLayerTranscoder(Parts):
 
     Config = CrossLayerTranscoderConfig
     citation = "Ameisen et al. 2025, Circuit tracing: revealing computational graphs in language models"
+    good_for = "one feature for what a model computes once and writes in several layers; circuits"
     ordered_features = True
 
     def __init__(self, config: CrossLayerTranscoderConfig) -> None:

@@ -112,6 +112,7 @@ class Crosscoder(_Crosscoder):
 
     Config = CrosscoderConfig
     citation = "Lindsey et al. 2024, Sparse crosscoders for cross-layer features and model diffing"
+    good_for = "what layers share, or what two models on the same text share and do not"
 
     def default_lr(self) -> float:
         return 5e-5
@@ -167,6 +168,7 @@ class TopKCrosscoder(_Ranked):
 
     Config = TopKCrosscoderConfig
     citation = Crosscoder.citation + "; Gao et al. 2024, arXiv:2406.04093"
+    good_for = "crosscoders with a fixed budget a row"
 
 
 @register("batch_topk_crosscoder")
@@ -179,6 +181,7 @@ class BatchTopKCrosscoder(_Ranked, BatchTopK):
 
     Config = BatchTopKCrosscoderConfig
     citation = "Minder, Dumas et al. 2025, Overcoming sparsity artifacts in crosscoders, arXiv:2504.02922"
+    good_for = "crosscoders at a chosen L0"
 
     @torch.no_grad()
     def observe(self, loss: Loss, progress: float) -> None:

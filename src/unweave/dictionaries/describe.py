@@ -55,7 +55,7 @@ class Architecture:
 
     @property
     def good_for(self) -> str:
-        return self.kind.good_for
+        return vars(self.kind).get("good_for", "")  # what suits a parent need not suit its child
 
     @property
     def training(self) -> str:

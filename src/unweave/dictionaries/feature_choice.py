@@ -48,6 +48,7 @@ class FeatureChoice(MutualChoice):
     """
 
     Config = FeatureChoiceConfig
+    good_for = "no dead features: every feature gets a number of rows to fire in"
 
     shares: Tensor
     thresholds: Tensor

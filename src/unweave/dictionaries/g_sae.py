@@ -48,6 +48,7 @@ class GSAE(TopK):
         "Olmo et al. 2025, Features that make a difference: leveraging gradients for improved dictionary learning, "
         "NAACL Findings, arXiv:2411.10397"
     )
+    good_for = "features chosen by what they do to the model's loss, not by size alone"
     needs_side = "gradient"
 
     gradient_norm: Tensor

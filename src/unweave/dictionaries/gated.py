@@ -45,6 +45,7 @@ class Gated(Annealed):
     citation = (
         "Rajamanoharan et al. 2024, Improving dictionary learning with gated sparse autoencoders, arXiv:2404.16014"
     )
+    good_for = "L1 without shrinkage: one path says whether, the other how much"
     betas = (0.0, 0.999)
 
     def __init__(self, config: GatedConfig) -> None:

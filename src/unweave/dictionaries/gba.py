@@ -98,6 +98,7 @@ class GBA(Dictionary):
         "Chen, Sheen, Xiong, Wang, Yang 2026, Taming polysemanticity in LLMs: provable feature recovery via sparse "
         "autoencoders, ICLR, arXiv:2506.14002"
     )
+    good_for = "recovering features with guarantees, where firing rates can be bounded; no penalty to tune"
 
     bias: Tensor
     fired: Tensor

@@ -28,6 +28,7 @@ class GroupMax(TopK):
 
     Config = GroupMaxConfig
     citation = "EleutherAI 2025, sparsify (activation `groupmax`), github.com/EleutherAI/sparsify"
+    good_for = "the cheapest selection: one winner in each of k groups"
     ordered_features = True
 
     def __init__(self, config: GroupMaxConfig) -> None:

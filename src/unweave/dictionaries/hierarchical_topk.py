@@ -46,6 +46,7 @@ class HierarchicalTopK(TopK):
     citation = (
         "Balagansky et al. 2025, Train one sparse autoencoder across multiple sparsity budgets, EMNLP, arXiv:2505.24473"
     )
+    good_for = "one dictionary that serves many budgets, k chosen at inference"
 
     def encode_at(self, x: Tensor, k: int) -> SparseCode:
         """The codes of ``(n, d_in)`` rows cut to their ``k`` largest values."""

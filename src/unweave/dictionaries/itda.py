@@ -55,6 +55,7 @@ class ITDA(MatchingDictionary):
 
     Config = ITDAConfig
     citation = "Leask, Nanda, Al Moubayed 2025, Inference-time decomposition of activations, ICML, arXiv:2505.17769"
+    good_for = "a dictionary in seconds, of real rows that can be looked at; comparing models by what they share"
     learns_by_gradient = False
 
     source: Tensor

@@ -140,6 +140,7 @@ class MatryoshkaTopK(Nested, TopK):
 
     Config = MatryoshkaTopKConfig
     citation = Matryoshka.citation
+    good_for = "nested levels with a fixed budget a row"
 
 
 @register("matryoshka_jumprelu")
@@ -148,3 +149,4 @@ class MatryoshkaJumpReLU(Nested, JumpReLU):
 
     Config = MatryoshkaJumpReLUConfig
     citation = Matryoshka.citation
+    good_for = "nested levels with a learned threshold for every feature"

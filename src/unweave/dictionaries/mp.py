@@ -62,6 +62,7 @@ class MP(MatchingDictionary):
 
     Config = MPConfig
     citation = "Costa, Fel, Lubana, Tolooshams, Ba 2025, From flat to hierarchical: MP-SAE, NeurIPS, arXiv:2506.03093"
+    good_for = "features that are orthogonal only given others (children to parents), which one linear encoder mixes"
     betas = (0.5, 0.9375)  # the authors'; with Adam's own, atoms are still slightly off after five times as many steps
 
     def __init__(self, config: MPConfig) -> None:

@@ -38,6 +38,7 @@ class MultiTopK(TopK):
 
     Config = MultiTopKConfig
     citation = TopK.citation
+    good_for = "a dictionary that bears more or fewer features a row than it was trained with"
 
     def loss(self, batch: TrainingBatch) -> Loss:
         config = self.config

@@ -41,6 +41,7 @@ class MutualChoice(BatchTopK):
 
     Config = MutualChoiceConfig
     citation = "Ayonrinde 2024, Adaptive sparse allocation with mutual choice and feature choice, arXiv:2411.02124"
+    good_for = "batch_topk under the name of the paper that compares it with feature_choice"
 
     density: Tensor
     underused: Tensor

@@ -40,6 +40,7 @@ class OMP(PursuitDictionary):
     citation = (
         "Pati, Rezaiifar, Krishnaprasad 1993, Orthogonal matching pursuit; as the sibling of Costa et al. 2025, MP-SAE"
     )
+    good_for = "the best code for given atoms, greedily; an upper bound for cheaper encoders"
 
     def __init__(self, config: OMPConfig) -> None:
         super().__init__(config, bias=config.subtract_bias, tolerance=config.tolerance)

@@ -39,6 +39,7 @@ class Ort(BatchTopK):
 
     Config = OrtConfig
     citation = "Korznikov et al. 2025, OrtSAE: orthogonal sparse autoencoders uncover atomic features, arXiv:2509.22033"
+    good_for = "features that overlap less: less absorption and composition than batch_topk"
 
     def loss(self, batch: TrainingBatch) -> Loss:
         loss, penalty = super().loss(batch), self._penalty(self.W_dec)

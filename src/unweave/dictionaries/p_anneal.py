@@ -34,6 +34,7 @@ class PAnneal(Annealed):
     citation = (
         "Karvonen et al. 2024, Measuring progress in dictionary learning with board game models, arXiv:2408.00113"
     )
+    good_for = "L1's convexity at the start and nearly L0 at the end, without thresholds"
 
     def default_lr(self) -> float:
         return 3e-4

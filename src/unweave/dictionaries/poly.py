@@ -192,6 +192,7 @@ class PolyTopK(_Polynomial, TopK):
 
     Config = PolyTopKConfig
     citation = "Koromilas, Demou, Oldfield, Panagakis, Nicolaou 2026, PolySAE: polynomial sparse autoencoders, ICML"
+    good_for = "what two or three features together mean beyond their sum"
 
 
 @register("poly_batch_topk")
@@ -200,6 +201,7 @@ class PolyBatchTopK(_Polynomial, BatchTopK):
 
     Config = PolyBatchTopKConfig
     citation = PolyTopK.citation
+    good_for = "interactions of features, with a budget for the batch"
 
 
 @register("poly_matryoshka")
@@ -211,6 +213,7 @@ class PolyMatryoshka(_Polynomial, Matryoshka):
 
     Config = PolyMatryoshkaConfig
     citation = PolyTopK.citation
+    good_for = "interactions of features at several levels of detail"
 
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)

@@ -91,6 +91,7 @@ class StandardisedTopK(Standardised, TopK):
 
     Config: Any = StandardisedTopKConfig
     citation = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, arXiv:2406.04093 (its GPT-2 autoencoders)"
+    good_for = "OpenAI's GPT-2 autoencoders and others that standardise every row first"
 
 
 class StandardisedReLUConfig(StandardisedConfig, ReLUConfig):
@@ -103,3 +104,4 @@ class StandardisedReLU(Standardised, ReLU):
 
     Config: Any = StandardisedReLUConfig
     citation = ReLU.citation
+    good_for = "checkpoints of others that standardise every row first"

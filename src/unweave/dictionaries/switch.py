@@ -50,6 +50,7 @@ class Switch(LinearDictionary):
 
     Config = SwitchConfig
     citation = "Mudide et al. 2025, Efficient dictionary learning with switch sparse autoencoders, arXiv:2410.08201"
+    good_for = "many features at the encoding cost of few: each row is sent to one expert"
     ordered_features = True
 
     def __init__(self, config: SwitchConfig) -> None:

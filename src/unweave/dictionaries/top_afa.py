@@ -27,7 +27,8 @@ class TopAFAConfig(LinearConfig):
             ``d / 32``, which is what None stands for. Too small a weight fails.
         length: what t is in the loss: "input" takes ``||x||``, as the reference does; "centred" takes
             ``||x - b_dec||``, as the theory and the choice of k do. With it the bias tends to drift off the rows.
-        auxk_coefficient: weight of the AuxK loss. k_aux: dead features per row in that loss.
+        auxk_coefficient: weight of the AuxK loss.
+        k_aux: dead features per row in that loss.
     """
 
     afa_coefficient: NonNegativeFloat | None = None
@@ -53,6 +54,7 @@ class TopAFA(LinearDictionary):
     citation = (
         "Lee, Davies, Canby, Hockenmaier 2025, Evaluating and designing SAEs by approximating quasi-orthogonality"
     )
+    good_for = "no k to choose: a row takes features until their length is the row's"
 
     gain: Tensor
 

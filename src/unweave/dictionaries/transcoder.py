@@ -30,7 +30,8 @@ class TranscoderConfig(LinearConfig):
         k: features per row, for "topk"; None for "relu", which has none.
         objective: "fvu" divides the squared error by the variance of the batch's targets (sparsify); "mse" does not.
         zero_decoder: start with ``W_dec = 0``, so that the first output is the mean target.
-        auxk_coefficient: weight of the AuxK loss, for "topk"; sparsify has it off. k_aux: as in TopK.
+        auxk_coefficient: weight of the AuxK loss, for "topk"; sparsify has it off.
+        k_aux: as in TopK.
         l1_coefficient: of ``sum_i z_i ||d_i||``, for "relu". None: ``1.4e-4 d_out``, which is Dunefsky's 1.4e-4
             beside ``mean((y_hat - y)^2 / ||y||)`` once targets have unit norm and errors are summed over d. Weighing
             with the norms of the atoms is our choice: theirs are free too, and could grow to make the penalty small.
@@ -72,6 +73,7 @@ class Transcoder(LinearDictionary):
         "Dunefsky, Chlenski, Nanda 2024, Transcoders find interpretable LLM feature circuits, arXiv:2406.11944; "
         "Paulo, Shabalin, Belrose 2025, Transcoders beat sparse autoencoders for interpretability, arXiv:2501.18823"
     )
+    good_for = "what an MLP computes: from its input to its output"
 
     def __init__(self, config: TranscoderConfig) -> None:
         super().__init__(config)
@@ -155,6 +157,7 @@ class SkipTranscoder(Transcoder):
     citation = (
         "Paulo, Shabalin, Belrose 2025, Transcoders beat sparse autoencoders for interpretability, arXiv:2501.18823"
     )
+    good_for = "an MLP's input to its output, with what is linear left to a linear map"
 
     def __init__(self, config: TranscoderConfig) -> None:
         super().__init__(config)

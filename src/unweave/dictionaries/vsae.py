@@ -76,6 +76,7 @@ class VSAE(TopK):
 
     Config = VSAEConfig
     citation = "Baker, Li 2025, Analysis of variational sparse autoencoders, arXiv:2509.22994"
+    good_for = "a prior on the code; mostly for comparison, since it costs reconstruction"
 
     std: Tensor
 

@@ -39,6 +39,7 @@ class Archetypal(Classical, AtomDictionary):
 
     Config = ArchetypalConfig
     citation = "Cutler, Breiman 1994, Archetypal analysis; Mørup, Hansen 2012, Archetypal analysis for machine learning"
+    good_for = "atoms that stay among the data: each is a mixture of real rows"
     scaled_codes = False  # memberships
 
     def learn(self, rows: Tensor) -> None:

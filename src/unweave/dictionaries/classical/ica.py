@@ -33,6 +33,7 @@ class ICA(LinearClassical):
 
     Config = ICAConfig
     citation = "Hyvärinen, Oja 2000, Independent component analysis: algorithms and applications"
+    good_for = "independent directions, as many as there are dimensions: the classical rival"
 
     def learn(self, rows: Tensor) -> None:
         rows = rows.double().cpu()

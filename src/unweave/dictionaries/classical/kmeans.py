@@ -17,7 +17,8 @@ _NEVER = -1e30  # the score of a prototype that does not exist
 class KMeansConfig(SampledConfig):
     """
     Attributes:
-        n_init: starts (k-means++), of which the best is taken. max_iter: of each.
+        n_init: starts (k-means++), of which the best is taken.
+        max_iter: of each.
     """
 
     n_init: PositiveInt = 1
@@ -34,6 +35,7 @@ class KMeans(LinearClassical):
 
     Config = KMeansConfig
     citation = "Lloyd 1982, Least squares quantization in PCM; Arthur, Vassilvitskii 2007, k-means++"
+    good_for = "one feature a row: how far plain clusters get"
     scaled_codes = False  # memberships
 
     def rule(self) -> Rule:

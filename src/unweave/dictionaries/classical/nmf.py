@@ -42,6 +42,7 @@ class NMF(Classical, AtomDictionary):
 
     Config = NMFConfig
     citation = "Lee, Seung 1999, Learning the parts of objects by non-negative matrix factorization"
+    good_for = "parts that add up, on rows that are not negative"
 
     def learn(self, rows: Tensor) -> None:
         rows = rows.cpu()

@@ -19,6 +19,7 @@ class PCA(LinearClassical):
 
     Config = ClassicalConfig
     citation = "Pearson 1901; Hotelling 1933, Analysis of a complex of statistical variables into principal components"
+    good_for = "the best linear subspace: what a dictionary has to beat"
 
     def sample(self) -> nn.Module:
         return _Moments(self.d_in).to(self.device)

@@ -17,6 +17,7 @@ class RandomDirections(LinearClassical):
 
     Config = ClassicalConfig
     citation = "a control, of no paper"
+    good_for = "the negative control: what width and k buy untrained"
 
     def learn(self, rows: Tensor) -> None:
         mean = rows.mean(0)

@@ -40,6 +40,7 @@ class SklearnDictionary(Classical, AtomDictionary):
 
     Config = SklearnDictionaryConfig
     citation = "Mairal, Bach, Ponce, Sapiro 2009, Online dictionary learning for sparse coding"
+    good_for = "scikit-learn's online dictionary learning: the classical rival with an iterated code"
 
     def learn(self, rows: Tensor) -> None:
         rows, config = rows.double().cpu(), self.config  # float32 cannot meet the tolerances of its inner loop
