@@ -39,9 +39,24 @@ from unweave.workflows.pipeline import Pipeline
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Penalties by which an architecture's L0 follows; all others are told their L0.
-COEFFICIENTS = {"relu": "l1_coefficient"}
-OPTIONS: dict[str, dict[str, Any]] = {}
-LEFT_OUT: dict[str, str] = {}
+COEFFICIENTS = {
+    "relu": "l1_coefficient",
+    "standardised_relu": "l1_coefficient",
+    "gated": "sparsity_coefficient",
+    "p_anneal": "sparsity_coefficient",
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "archetypal": {"reservoir": 4096},
+    "nmf": {"reservoir": 4096},
+    "sklearn_dictionary": {"reservoir": 4096},
+}
+_OTHER = "it maps one site to another, or several to several"
+LEFT_OUT: dict[str, str] = {
+    **dict.fromkeys(("transcoder", "skip_transcoder", "clt"), _OTHER),
+    **dict.fromkeys(("crosscoder", "topk_crosscoder", "batch_topk_crosscoder"), _OTHER),
+    "g_sae": "it needs the gradients of a model's loss beside the rows",
+    "temporal": "it needs the row of the token before",
+}
 # Where an architecture does worse here than its paper says: how, and why.
 NOTES: dict[str, str] = {}
 COLUMNS = {"fvu": 3, "l0": 1, "dead": 3, "ce_recovered": 3, "mmcs": 3, "mcc": 3, "recall": 3, "uniqueness": 3}

@@ -142,7 +142,7 @@ def test_rates_and_seeds_are_axes_too(store, tmp_path):
         (["--k", "2,x"], "--k: expected numbers separated by commas, found '2,x'"),
         (["--n-features", "many"], "expected a number such as 500k"),
         (["--arch", "topk,tpok"], "no architecture 'tpok'"),
-        (["--arch", "topk,relu", "--k", "2"], "relu takes no k: its sparsity follows from its penalty"),
+        (["--arch", "topk,relu", "--k", "2"], "relu takes no k: its sparsity follows from other options"),
         (["--k", "2,5000"], "k must be at most n_features"),
     ],
 )
