@@ -26,3 +26,5 @@ from unweave.formats.registry import recognised as recognised
 from unweave.formats.registry import register as register
 from unweave.formats.registry import writable as writable
 from unweave.formats.registry import write as write
+from unweave.formats.verify import Verdict as Verdict
+from unweave.formats.verify import verify as verify

@@ -124,11 +124,13 @@ def recognised(thing: str | Path) -> str | None:
 
 
 def holds_weights(thing: str | Path) -> bool:
-    """Whether it is worth asking for a checkpoint there: a file, a folder with files of tensors, a hub id."""
+    """Whether it is worth asking for a checkpoint there: a file or folder of tensors, a hub id."""
     path = Path(thing)
     if path.is_dir():
         return any(p.suffix in SUFFIXES for pattern in ("*", "*/*") for p in path.glob(pattern))
-    in_archive = any(p.is_file() for p in (path, *path.parents))
+    if path.is_file():
+        return path.suffix in SUFFIXES or is_archive(path)
+    in_archive = any(p.is_file() for p in path.parents)
     return in_archive or (isinstance(thing, str) and looks_like_hub_id(thing))
 
 

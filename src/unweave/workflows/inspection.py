@@ -19,9 +19,10 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
         UnweaveError: when it is none of these, or ``verify`` finds damage.
     """
     if not isinstance(thing, Path):
-        within = next((p for p in Path(thing).parents if p.is_file()), None)
-        return _model(thing) if within is None else _checkpoint(Path(thing))
-    if thing.is_file() and thing.suffix != ".gguf":
+        within = any(p.is_file() for p in Path(thing).parents)  # an archive
+        # A model on the hub is owner/name; what goes on behind that is a checkpoint in a repository.
+        return _checkpoint(thing) if within or thing.count("/") > 1 else _model(thing)
+    if thing.is_file() and formats.holds_weights(thing):
         return _checkpoint(thing)
     kind = _format(thing)
     if (thing / "dictionary" / "config.json").is_file():
@@ -86,7 +87,7 @@ def _dictionary(folder: Path) -> tuple[str, Rows]:
     return f"dictionary {folder}", [*rows, ("parameters", f"{n_parameters:,}")]
 
 
-def _checkpoint(thing: Path) -> tuple[str, Rows]:
+def _checkpoint(thing: str | Path) -> tuple[str, Rows]:
     return f"checkpoint {thing}", formats.inspect(thing).rows()
 
 
