@@ -185,6 +185,6 @@ def test_fit_says_how_many_atoms_it_has() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(UnweaveError, match="n_start must be at most n_features = 10"):
-        build("itda", 4, 10, n_start=11)
+        build("itda", 4, 10, k=2, n_start=11)
     with pytest.raises(UnweaveError, match="tau"):
-        build("itda", 4, 10, tau=0.0)
+        build("itda", 4, 10, k=2, tau=0.0)

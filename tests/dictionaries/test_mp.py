@@ -151,11 +151,11 @@ def test_atoms_keep_unit_norm_where_they_should(x: Tensor) -> None:
 
 def test_what_a_pursuit_cannot_do_is_refused() -> None:
     with pytest.raises(UnweaveError, match="d_in and d_out must be equal, found 4 and 3"):
-        build("mp", 4, 8, d_out=3)
+        build("mp", 4, 8, d_out=3, k=2)
     with pytest.raises(UnweaveError, match="cannot learn a target of its own"):
         unweave.fit(torch.randn(64, 4), "mp", k=2, target=torch.randn(64, 4))
     with pytest.raises(UnweaveError, match="tolerance"):
-        build("mp", 4, 8, tolerance=-1.0)
+        build("mp", 4, 8, k=2, tolerance=-1.0)
     with pytest.raises(UnweaveError, match=r"scales 2\.0 and 3\.0"):
         made().fold_scale(2.0, 3.0)
 

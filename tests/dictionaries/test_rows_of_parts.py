@@ -24,7 +24,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("clt", {"k": 4}),
     ("clt", {"activation": "relu"}),
     ("clt", {"activation": "jumprelu", "k": 4}),
-    ("temporal", {"k": 4}),
 ]
 ids = [f"{name}-{options.get('activation', '')}".rstrip("-") for name, options in CASES]
 each = pytest.mark.parametrize(("arch", "options"), CASES, ids=ids)
@@ -39,7 +38,7 @@ def data(arch: str, n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
     x, y = rows[:, :12].clone(), rows[:, 12:].clone()
     x[:, 6:] *= 10
     y[:, 6:] *= 0.1
-    targets = {"temporal": x[:, :6], "crosscoder": x, "topk_crosscoder": x, "batch_topk_crosscoder": x}
+    targets = {"crosscoder": x, "topk_crosscoder": x, "batch_topk_crosscoder": x}
     return x, targets.get(arch, y)
 
 
@@ -148,8 +147,6 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         build("clt", 10, 30, n_parts=5, k=3)
     with pytest.raises(UnweaveError, match="k must be at most n_features = 8"):
         build("transcoder", 4, 8, k=9)
-    with pytest.raises(UnweaveError, match=r"expected d_in = 2 d_out, .* Give target=rows\[:, :d\]"):
-        unweave.fit(torch.randn(50, 8), "temporal", n_features=16, k=2)
     rows = torch.randn(50, 8)
     rows[:, 4:] = 0
     with pytest.raises(UnweaveError, match="part 1 of the input rows is zero in every row"):
