@@ -21,7 +21,8 @@ class Config(TopKConfig):
     Attributes:
         shape: how it is
             bent.
-        first, second: two at once.
+        first, second: two
+            at once.
 
     Raises:
         third: not an attribute.
@@ -35,7 +36,8 @@ class Config(TopKConfig):
 class Sketch(TopK):
     """``z = f(u)``.
 
-    More of it.
+    More of it,
+    on two lines.
     """
 
     Config = Config
@@ -64,7 +66,7 @@ def test_options_take_their_meaning_from_the_docstrings_of_all_their_configs():
     assert options["k"].meaning == "features per row."
     assert "d_in" not in options
     assert "third" not in options
-    assert arch.paragraphs == ["``z = f(u)``.", "More of it."]
+    assert arch.paragraphs == ["``z = f(u)``.", "More of it, on two lines."]
 
 
 def test_it_says_how_a_dictionary_learns():

@@ -17,16 +17,19 @@ def archs(name: NAME = None) -> None:
 
 
 def _all():
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     from unweave.dictionaries import names
     from unweave.dictionaries.describe import describe
 
-    table = Table("architecture", "what it does", "good for", title="unweave archs NAME shows the options of one")
+    table = Table("architecture", "what it does, what it is good for, and where it comes from", show_lines=True)
     for name in names():
         arch = describe(name)
-        table.add_row(name, _plain(f"{arch.summary}\n{arch.citation}"), _plain(arch.good_for))
-    return table
+        words = [arch.summary, arch.good_for and f"Good for {arch.good_for}.", arch.citation]
+        table.add_row(name, _plain("\n".join(filter(None, words))))
+    return Group(table, Text("unweave archs NAME shows one with all its options."))
 
 
 def _plain(docstring: str):

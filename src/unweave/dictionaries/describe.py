@@ -43,7 +43,7 @@ class Architecture:
         """Its docstring: first the equation or rule, then what else there is to know."""
         # Not inspect.getdoc, which would pass off the parent's words as its own.
         text = inspect.cleandoc(self.kind.__doc__ or "")
-        return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        return [_unwrapped(paragraph) for paragraph in text.split("\n\n") if paragraph.strip()]
 
     @property
     def summary(self) -> str:
@@ -105,17 +105,22 @@ def _attributes(docstring: str) -> dict[str, str]:
     if "Attributes:" not in lines:
         return {}
     found: dict[str, str] = {}
-    name = ""
+    names: list[str] = []
     for line in lines[lines.index("Attributes:") + 1 :]:
         if line and not line.startswith(" "):
             break
         if start := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-            names, text = start.groups()
-            name = names.split(", ")[-1]
-            found |= dict.fromkeys(names.split(", "), text)
-        elif name and line.strip():
-            found[name] += " " + line.strip()
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2])
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
     return found
+
+
+def _unwrapped(paragraph: str) -> str:
+    """A paragraph on one line, unless its lines mean something (they are indented, or a list)."""
+    lines = paragraph.split("\n")
+    return paragraph if any(line.startswith((" ", "- ", "* ")) for line in lines) else " ".join(lines)
 
 
 def _type_words(annotation: Any) -> str:
