@@ -1,5 +1,7 @@
 """What one asks of trained dictionaries."""
 
+from unweave.analysis.atoms import AtomSource as AtomSource
+from unweave.analysis.atoms import atom_sources as atom_sources
 from unweave.analysis.attention import AttentionAttribution as AttentionAttribution
 from unweave.analysis.attention import FeatureNode as FeatureNode
 from unweave.analysis.attention import head_weights as head_weights
