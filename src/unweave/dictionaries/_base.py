@@ -143,7 +143,9 @@ class Dictionary(nn.Module):
             return {"k": int(l0) if float(l0).is_integer() else l0}
         if "target_l0" in fields:
             return {"target_l0": l0}
-        raise UnweaveError(f"{cls.name} takes no k: its sparsity follows from other options, see `unweave archs {cls.name}`")
+        raise UnweaveError(
+            f"{cls.name} takes no k: its sparsity follows from other options, see `unweave archs {cls.name}`"
+        )
 
     # ---- hooks of the trainer ---------------------------------------------------------------------------------
 
@@ -217,6 +219,12 @@ class Dictionary(nn.Module):
                 )
         return x
 
+    def check_code(self, code: SparseCode) -> SparseCode:
+        """``code``, refused if it is of another number of features."""
+        if code.n_features != self.n_features:
+            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        return code
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items())
 
@@ -260,6 +268,11 @@ class Dictionary(nn.Module):
             )
         dictionary.load_state_dict(tensors)
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
+
+
+def warm(progress: float, share: float) -> float:
+    """How much of a penalty counts, from 0 to 1, that rises evenly over the first ``share`` of training."""
+    return min(1.0, progress / share) if share else 1.0
 
 
 def no_side(dictionary: Dictionary | type[Dictionary]) -> UnweaveError:
