@@ -14,6 +14,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nmf": {"reservoir": 256, "max_iter": 20, "encode_steps": 30},
     "relu": {"l1_coefficient": 0.2},  # the default is for d in the hundreds
     "sklearn_dictionary": {"reservoir": 256, "max_iter": 5},
+    "standardised_relu": {"l1_coefficient": 0.2},
     "vsae": {"beta": 0.1},  # the prior of the default leaves little of rows this narrow
 }
 # Other tests register architectures of their own.

@@ -206,6 +206,21 @@ def test_thresholds_keep_the_l0_of_training_and_do_not_look_at_the_batch(arch: s
     torch.testing.assert_close(folded.values, before.values / 0.01)
 
 
+# L0 was 2.0 to 2.1 for 2. Before features without a budget were kept silent it was 42.
+@pytest.mark.parametrize("options", [{"budgets": "uniform", "mutual_share": 0.0}, {}])
+def test_a_feature_that_never_had_a_row_stays_silent_in_eval_mode(options: dict):
+    dictionary = make("feature_choice", m=200, k=2, **options)
+    taken = torch.zeros(200, dtype=torch.long)
+    for step in range(60):  # batches of 60 rows have 120 places for 200 features
+        loss = dictionary.loss(TrainingBatch(rows(60, seed=step), rows(60, seed=step)))
+        taken += loss.code.firing_counts() if bool(dictionary.settled) else 0
+        dictionary.after_step(loss, progress=step / 59)
+    code = dictionary.eval().encode(rows(2000, seed=99))
+    assert int((taken == 0).sum()) >= 80
+    assert int(code.firing_counts()[taken == 0].sum()) == 0
+    assert abs(float(code.l0().double().mean()) - 2) < 0.3
+
+
 def test_what_contradicts_itself_is_refused():
     with pytest.raises(UnweaveError, match="needs a first phase that learns the densities"):
         build("feature_choice", 8, 16, k=2, mutual_share=0.0)

@@ -140,3 +140,6 @@ def test_what_cannot_be_pursued_is_refused() -> None:
     curved = type("Curved", (type(dictionary),), {"linear_decoder": False, "name": "curved"})(dictionary.config)
     with pytest.raises(UnweaveError, match="curved: its decoder is not linear"):
         pursue(curved, x, 3)
+    for arch in ("standardised_topk", "skip_transcoder"):
+        with pytest.raises(UnweaveError, match=f"{arch}: what it puts out depends on its input beside the code"):
+            pursue(build(arch, 12, 40, k=3), x, 3)

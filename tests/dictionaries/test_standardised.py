@@ -96,7 +96,7 @@ def rows_of_all_sizes() -> Tensor:
 def test_short_rows_count_as_much_as_long_ones(tmp_path: Path) -> None:
     x, found = rows_of_all_sizes(), {}
     for arch in ("standardised_topk", "standardised_relu", "topk"):
-        options = {"k": 3} if arch.endswith("topk") else {}
+        options = {"k": 3} if arch.endswith("topk") else {"l1_coefficient": 0.625}  # the default is for wide rows
         dictionary = unweave.fit(x, arch=arch, n_features=32, batch_size=256, lr=3e-3, epochs=20, **options)
         with torch.no_grad():
             given, made = ((t - t.mean(1, keepdim=True)) / t.std(1, keepdim=True) for t in (x, dictionary(x)))
@@ -107,6 +107,20 @@ def test_short_rows_count_as_much_as_long_ones(tmp_path: Path) -> None:
             assert torch.equal(again(x), dictionary(x))
     assert found["standardised_topk"] < 0.7 * found["topk"]
     assert found["standardised_relu"] < 0.35
+
+
+def test_the_penalty_weighs_as_much_as_on_rows_of_norm_one() -> None:
+    """On rows that "length" makes sqrt(d) long, the loss is d times that of relu on the same rows of norm 1."""
+    relu = build("relu", 8, 24, subtract_bias=True).double()
+    dictionary = build("standardised_relu", 8, 24, standardise="length").double()
+    with torch.no_grad():
+        relu.b_dec.normal_(std=0.1)
+        dictionary.load_state_dict({**dictionary.state_dict(), **relu.state_dict()})
+        dictionary.b_dec.mul_(8**0.5)
+    x = torch.nn.functional.normalize(rows(), dim=1)
+    for progress in (0.02, 1.0):
+        batch = TrainingBatch(x, x, None, progress)
+        torch.testing.assert_close(dictionary.loss(batch).total, 8 * relu.loss(batch).total)
 
 
 def test_a_target_of_its_own_is_refused() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from unweave.dictionaries._base import DictionaryConfig, Loss
+from unweave.dictionaries._base import DictionaryConfig, Loss, warm
 from unweave.dictionaries._linear import LinearDictionary
 
 # Below this the power goes over into a straight line: the slope of z^p at 0 has no limit, and one code that is almost
@@ -18,12 +18,16 @@ _RECENT = 10  # steps over which both powers are averaged when p changes
 class AnnealConfig(DictionaryConfig):
     """
     Attributes:
+        sparsity_coefficient: lambda.
+        sparsity_warmup: share of training over which the penalty rises from 0.
         p_end: the power that p falls to, from 1; 1 leaves it where it is.
         p_steps: changes of p on the way.
         anneal_start: share of training after which p begins to fall. The rest is divided evenly among the changes, and
             the last p has its share too.
     """
 
+    sparsity_coefficient: PositiveFloat
+    sparsity_warmup: float = Field(0.05, ge=0, le=1)
     p_end: float = Field(0.2, gt=0, le=1)
     p_steps: PositiveInt = 10
     anneal_start: float = Field(0.1, ge=0, lt=1)
@@ -49,6 +53,11 @@ class Annealed(LinearDictionary):
     def power(self, stage: int) -> float:
         """p after so many changes."""
         return 1 + (self.config.p_end - 1) * min(stage, self.config.p_steps) / self.config.p_steps
+
+    def coefficient(self, progress: float) -> float:
+        """lambda_t: what ``||z||_p^p`` is multiplied with."""
+        config = self.config
+        return config.sparsity_coefficient * warm(progress, config.sparsity_warmup) * float(self.penalty_scale)
 
     def powers(self, values: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """``||z||_p^p`` averaged over n rows, its slopes by the values, and the same norm with the next p.

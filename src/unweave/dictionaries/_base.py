@@ -219,6 +219,12 @@ class Dictionary(nn.Module):
                 )
         return x
 
+    def check_code(self, code: SparseCode) -> SparseCode:
+        """``code``, refused if it is of another number of features."""
+        if code.n_features != self.n_features:
+            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        return code
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items())
 
@@ -262,6 +268,11 @@ class Dictionary(nn.Module):
             )
         dictionary.load_state_dict(tensors)
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
+
+
+def warm(progress: float, share: float) -> float:
+    """How much of a penalty counts, from 0 to 1, that rises evenly over the first ``share`` of training."""
+    return min(1.0, progress / share) if share else 1.0
 
 
 def no_side(dictionary: Dictionary | type[Dictionary]) -> UnweaveError:

@@ -114,8 +114,7 @@ class LinearDictionary(Dictionary):
         return pattern, sparse_encode(centred, self.W_enc, self.b_enc, scores, pattern)
 
     def decode(self, code: SparseCode) -> Tensor:
-        if code.n_features != self.n_features:
-            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        code = self.check_code(code)
         return sparse_decode(code.values.to(self.W_dec.dtype), self.W_dec, code.pattern) + self.b_dec
 
     def decoder_directions(self) -> Tensor:
@@ -210,6 +209,15 @@ def remove_parallel_gradient(W: nn.Parameter) -> None:
     if W.grad is not None:
         along = (W.grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True).clamp_min(1e-24)
         W.grad.sub_(along * W)
+
+
+@torch.no_grad()
+def fold_decoder_norms(dictionary: LinearDictionary) -> None:
+    """Give every atom unit norm and let the codes carry the size; outputs do not change where that selects the same."""
+    norms = dictionary.W_dec.norm(dim=1).clamp_min(1e-12)
+    dictionary.W_dec.copy_(F.normalize(dictionary.W_dec, dim=1))
+    dictionary.W_enc.mul_(norms[:, None])
+    dictionary.b_enc.mul_(norms)
 
 
 def geometric_median(points: Tensor, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

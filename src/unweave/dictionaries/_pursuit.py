@@ -110,8 +110,7 @@ class PursuitDictionary(Dictionary):
         return SparseCode.from_pattern(*self.pursue(self.centre(self.check_input(x))))
 
     def decode(self, code: SparseCode) -> Tensor:
-        if code.n_features != self.n_features:
-            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        code = self.check_code(code)
         out = sparse_decode(code.values.to(self.W_dec.dtype), self.W_dec, code.pattern)
         return out if self.b_dec is None else out + self.b_dec
 

@@ -11,14 +11,13 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor, nn
 
 from unweave.codes import SparseCode
-from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._linear import geometric_median
 from unweave.dictionaries._parts import Parts, PartsConfig
 from unweave.dictionaries.jumprelu import _Jump
 from unweave.dictionaries.registry import register
-from unweave.errors import UnweaveError
+from unweave.dictionaries.relu import l1_loss
 from unweave.kernels.autograd import sparse_decode, sparse_encode
-from unweave.kernels.gradients.reference import sum_by_feature
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select.reference import select_above, select_topk
 
@@ -160,8 +159,7 @@ class CrossLayerTranscoder(Parts):
     # ---- decode ---------------------------------------------------------------------------------------------------
 
     def decode(self, code: SparseCode) -> Tensor:
-        if code.n_features != self.n_features:
-            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        code = self.check_code(code)
         return self.unscaled(self._written(code) + self.b_dec)
 
     def _written(self, code: SparseCode) -> Tensor:
@@ -220,16 +218,16 @@ class CrossLayerTranscoder(Parts):
         return select_above(u, self.log_threshold.exp() - self.config.bandwidth / 2)
 
     def _penalty(self, code: SparseCode) -> Tensor:
-        norms, n = self.decoder_norms(), max(1, len(code))
+        norms = self.decoder_norms()
         if self.config.activation == "relu":
-            return (sum_by_feature(code.pattern, code.values) * norms).sum() / n
-        return (4 * code.values * norms[code.indices.long()]).tanh().sum() / n
+            return l1_loss(code, norms)
+        return (4 * code.values * norms[code.indices.long()]).tanh().sum() / max(1, len(code))
 
     def _coefficient(self, progress: float) -> float:
         config = self.config
         default = 0.02 if config.activation == "jumprelu" else 2 / (self.d_out // self.n_parts) ** 0.5
         full = default if config.penalty_coefficient is None else config.penalty_coefficient
-        return full * min(1.0, progress / config.penalty_warmup) if config.penalty_warmup else full
+        return full * warm(progress, config.penalty_warmup)
 
     def _auxk(self, inputs: Tensor, residual: Tensor, dead: Tensor | None) -> Tensor:
         """How badly the strongest dead features of each row explain what is left over, as a share of its variance."""

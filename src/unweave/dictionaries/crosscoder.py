@@ -11,14 +11,14 @@ from torch import Tensor
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
-from unweave.dictionaries._base import Dictionary, Loss, TrainingBatch
-from unweave.dictionaries._linear import LinearDictionary
+from unweave.dictionaries._base import Dictionary, Loss, TrainingBatch, warm
+from unweave.dictionaries._linear import LinearDictionary, fold_decoder_norms
 from unweave.dictionaries._parts import Parts, PartsConfig
 from unweave.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from unweave.dictionaries.registry import register
+from unweave.dictionaries.relu import l1_loss
 from unweave.dictionaries.topk import TopK, TopKConfig
 from unweave.errors import UnweaveError
-from unweave.kernels.gradients.reference import sum_by_feature
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import AboveRule, Rule, reference, select
 
@@ -78,15 +78,7 @@ class _Crosscoder(Parts, LinearDictionary):
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         super().fold_scale(scale, out_scale)
-        self.fold_decoder_norms()
-
-    @torch.no_grad()
-    def fold_decoder_norms(self) -> None:
-        """Give every atom unit norm and let the codes carry the size; outputs do not change."""
-        norms = self.W_dec.norm(dim=1).clamp_min(1e-12)
-        self.W_dec.div_(norms[:, None])
-        self.W_enc.mul_(norms[:, None])
-        self.b_enc.mul_(norms)
+        fold_decoder_norms(self)
 
 
 class CrosscoderConfig(PartsConfig):
@@ -124,7 +116,7 @@ class Crosscoder(_Crosscoder):
         code = self.encode(batch.input)
         reconstruction = self.decode(code)
         mse = self.residual(batch, reconstruction).square().sum(1).mean()
-        l1 = (sum_by_feature(code.pattern, code.values) * self.total_norms()).sum() / max(1, len(code))
+        l1 = l1_loss(code, self.total_norms())
         total = mse + self._coefficient(batch.progress) * l1
         return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, code.detach(), reconstruction.detach())
 
@@ -132,7 +124,7 @@ class Crosscoder(_Crosscoder):
         config = self.config
         default = 2 / (self.d_in // self.n_parts) ** 0.5
         full = default if config.l1_coefficient is None else config.l1_coefficient
-        return full * min(1.0, progress / config.l1_warmup) if config.l1_warmup else full
+        return full * warm(progress, config.l1_warmup)
 
 
 class TopKCrosscoderConfig(PartsConfig, TopKConfig):

@@ -44,7 +44,8 @@ class FeatureChoice(MutualChoice):
     The Zipf form of the budgets m_i is the paper's idea, its constants are ours. A batch needs ``n_features / k`` rows
     to give every feature one; a smaller one leaves out those of the smallest share. Inference keeps ``u_i >
     threshold_i``, a moving average of the middle between the smallest value kept and the largest one left out (the
-    smallest kept alone would let too few through, as it lies above the quantile meant).
+    smallest kept alone would let too few through, as it lies above the quantile meant). A feature that no batch has had
+    a row for stays silent then too.
     """
 
     Config = FeatureChoiceConfig
@@ -58,7 +59,7 @@ class FeatureChoice(MutualChoice):
     def __init__(self, config: FeatureChoiceConfig) -> None:
         super().__init__(config)
         self.register_buffer("shares", torch.full((config.n_features,), 1 / config.n_features, dtype=torch.float64))
-        self.register_buffer("thresholds", torch.full((config.n_features,), -1.0))
+        self.register_buffer("thresholds", torch.full((config.n_features,), -1.0))  # below 0: none yet
         self.register_buffer("settled", torch.tensor(config.mutual_share == 0))
         self.register_buffer("n_choices", torch.tensor(0))
         self._edges: Tensor | None = None  # of the present step, from its selection to its end
@@ -70,7 +71,9 @@ class FeatureChoice(MutualChoice):
     def rule(self) -> Rule:
         if self.training or not bool(self.settled):
             return super().rule()
-        return AboveRule(self.thresholds, 2 * self.config.k) if self.n_choices > 0 else TopKRule(self.config.k)
+        if self.n_choices == 0:
+            return TopKRule(self.config.k)
+        return AboveRule(self.thresholds.masked_fill(self.thresholds < 0, torch.inf), 2 * self.config.k)
 
     def select(self, scores: Tensor) -> Pattern:
         if not (self.training and bool(self.settled)):
@@ -94,18 +97,18 @@ class FeatureChoice(MutualChoice):
         edges, self._edges = self._edges, None
         if edges is not None:
             rate = max(self.config.threshold_rate, 5 / (5 + int(self.n_choices)))
-            self.thresholds.copy_(torch.where(edges < 0, self.thresholds, self.thresholds.lerp(edges, rate)))
+            moved = torch.where(self.thresholds < 0, edges, self.thresholds.lerp(edges, rate))
+            self.thresholds.copy_(torch.where(edges < 0, self.thresholds, moved))
         self.n_choices.add_(1)
         self.n_updates.add_(1)
         self.measure(loss)
 
     def _settle(self) -> None:
-        """Fix the budgets, and begin with the threshold that all had in common."""
+        """Fix the budgets."""
         line = fit_zipf(self.density) if self.config.budgets == "zipf" else None
         if line is not None:
             self.shares.copy_(line.at(ranks_of(self.density)))
             self.shares.div_(self.shares.sum())
-        self.thresholds.copy_(self.threshold.clamp_min(0).expand_as(self.thresholds))
         self.settled.fill_(True)
 
     @torch.no_grad()

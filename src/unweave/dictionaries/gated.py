@@ -23,12 +23,10 @@ class GatedConfig(AnnealConfig, LinearConfig):
     """
     Attributes:
         sparsity_coefficient: lambda, for inputs scaled to E||x||^2 = 1.
-        sparsity_warmup: share of training over which the penalty rises from 0.
         p_end: 1 is the L1 penalty of the paper; below 1 the penalty is annealed as in p-anneal ("Gated-anneal").
     """
 
     sparsity_coefficient: PositiveFloat = 0.04
-    sparsity_warmup: float = Field(0.05, ge=0, le=1)
     p_end: float = Field(1.0, gt=0, le=1)
 
 
@@ -70,7 +68,7 @@ class Gated(Annealed):
         frozen = sparse_decode(gate, self.W_dec.detach(), pattern) + self.b_dec.detach()
         aux = (batch.target - frozen).square().sum(1).mean()
         now, _, following = self.powers(gate, len(code))
-        penalty = self._coefficient(batch.progress) * now
+        penalty = self.coefficient(batch.progress) * now
         terms = {"mse": mse, "gate": aux, "sparsity": penalty, "lp": now, "lp_next": following}
         detached = {name: term.detach() for name, term in terms.items()}
         return Loss(trained + penalty + aux, detached, code.detach(), reconstruction.detach())
@@ -85,7 +83,7 @@ class Gated(Annealed):
         _, by_gate, squares = decode(pattern, u, W_dec, b_dec, step.batch.target, 2 / n)
         aux = squares.sum() / n
         now, slopes, following = self.powers(u, len(step.x))
-        coefficient = self._coefficient(step.batch.progress)
+        coefficient = self.coefficient(step.batch.progress)
         penalty, through = coefficient * now, by_magnitude * gain
         return Backward(
             through + by_gate + coefficient * slopes,
@@ -97,11 +95,6 @@ class Gated(Annealed):
             },
             b_enc=-sum_by_feature(pattern, through),  # the magnitude does not see the gate's bias
         )
-
-    def _coefficient(self, progress: float) -> float:
-        config = self.config
-        warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
-        return config.sparsity_coefficient * warm * float(self.penalty_scale)
 
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:

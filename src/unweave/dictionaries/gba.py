@@ -152,8 +152,7 @@ class GBA(Dictionary):
         return SparseCode.from_pattern(pattern, self.amplitude[features] * emitted)
 
     def decode(self, code: SparseCode) -> Tensor:
-        if code.n_features != self.n_features:
-            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        code = self.check_code(code)
         return sparse_decode(code.values.to(self.W_dec.dtype), self.W_dec, code.pattern) + self.b_dec
 
     def decoder_directions(self) -> Tensor:

@@ -47,10 +47,16 @@ def pursue(
         A code for ``dictionary.decode``, with at most k entries a row and no zeros among them.
 
     Raises:
-        UnweaveError: for a decoder that is not linear, rows of another width or with NaN, or budgets that do not fit.
+        UnweaveError: for a decoder that is not linear or not all of the output (standardised rows, a skip), rows of
+            another width or with NaN, or budgets that do not fit.
     """
     if not dictionary.linear_decoder:
         raise UnweaveError(f"{dictionary.name}: its decoder is not linear, and pursuit adds up atoms")
+    if type(dictionary).reconstruct is not Dictionary.reconstruct:
+        raise UnweaveError(
+            f"{dictionary.name}: what it puts out depends on its input beside the code, and pursuit knows only "
+            "the rows to be reconstructed"
+        )
     if rows.ndim != 2 or rows.shape[1] != dictionary.d_out:
         raise UnweaveError(
             f"{dictionary.name}: expected rows of shape (n, {dictionary.d_out}), found {tuple(rows.shape)}"

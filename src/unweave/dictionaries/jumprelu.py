@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from unweave.codes import SparseCode
-from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._closed_form import Backward, Step
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
 from unweave.dictionaries.registry import register
@@ -156,8 +156,7 @@ class JumpReLU(LinearDictionary):
         else:
             l0 = fires.sum() / max(1, n)
             raw = (l0 / config.target_l0 - 1).square() if config.penalty == "target" else l0
-        warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
-        return config.sparsity_coefficient * warm * raw
+        return config.sparsity_coefficient * warm(progress, config.sparsity_warmup) * raw
 
     # ---- features that fell silent ----------------------------------------------------------------------------
 

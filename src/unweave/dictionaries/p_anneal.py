@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 
 from unweave.dictionaries._anneal import AnnealConfig, Annealed
 from unweave.dictionaries._base import Loss, TrainingBatch
@@ -16,11 +16,9 @@ class PAnnealConfig(AnnealConfig, LinearConfig):
     """
     Attributes:
         sparsity_coefficient: lambda at the start, for inputs scaled to E||x||^2 = 1.
-        sparsity_warmup: share of training over which the penalty rises from 0.
     """
 
     sparsity_coefficient: PositiveFloat = 0.02
-    sparsity_warmup: float = Field(0.05, ge=0, le=1)
 
 
 @register("p_anneal")
@@ -46,20 +44,15 @@ class PAnneal(Annealed):
         code = self.encode(batch.input)
         trained, mse, reconstruction = self.errors(code, batch.target)
         now, _, following = self.powers(code.values, len(code))
-        penalty = self._coefficient(batch.progress) * now
+        penalty = self.coefficient(batch.progress) * now
         terms = {"mse": mse, "sparsity": penalty, "lp": now, "lp_next": following}
         detached = {name: term.detach() for name, term in terms.items()}
         return Loss(trained + penalty, detached, code.detach(), reconstruction.detach())
 
     def backward(self, step: Step) -> Backward:
         now, slopes, following = self.powers(step.values, len(step.x))
-        coefficient = self._coefficient(step.batch.progress)
+        coefficient = self.coefficient(step.batch.progress)
         penalty = coefficient * now
         return Backward(
             step.grads + coefficient * slopes, penalty, {"sparsity": penalty, "lp": now, "lp_next": following}
         )
-
-    def _coefficient(self, progress: float) -> float:
-        config = self.config
-        warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
-        return config.sparsity_coefficient * warm * float(self.penalty_scale)

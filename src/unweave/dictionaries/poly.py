@@ -17,7 +17,6 @@ from unweave.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from unweave.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.topk import TopK, TopKConfig
-from unweave.errors import UnweaveError
 from unweave.kernels.autograd import sparse_decode
 from unweave.kernels.prefixes.reference import group_of
 
@@ -98,8 +97,7 @@ class _Polynomial(LinearDictionary):
         return False
 
     def decode(self, code: SparseCode) -> Tensor:
-        if code.n_features != self.n_features:
-            raise UnweaveError(f"{self.name}: expected a code of {self.n_features} features, found {code.n_features}")
+        code = self.check_code(code)
         return self.polynomial(sparse_decode(code.values.to(self.U.dtype), self.U, code.pattern)) + self.b_dec
 
     def polynomial(self, a: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, model_validator
+from torch import Tensor
 
-from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.codes import SparseCode
+from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._closed_form import Backward, Step
-from unweave.dictionaries._linear import LinearConfig, LinearDictionary
+from unweave.dictionaries._linear import LinearConfig, LinearDictionary, fold_decoder_norms
 from unweave.dictionaries.registry import register
 from unweave.kernels.gradients.reference import Extra, sum_by_feature
 from unweave.kernels.select import AboveRule, Rule
@@ -68,7 +69,7 @@ class ReLU(LinearDictionary):
     def loss(self, batch: TrainingBatch) -> Loss:
         code = self.encode(batch.input)
         trained, mse, reconstruction = self.errors(code, batch.target)
-        l1 = (sum_by_feature(code.pattern, code.values) * self.W_dec.norm(dim=1)).sum() / max(1, len(code))
+        l1 = l1_loss(code, self.W_dec.norm(dim=1))
         total = trained + self._coefficient(batch.progress) * l1
         return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, code.detach(), reconstruction.detach())
 
@@ -76,26 +77,27 @@ class ReLU(LinearDictionary):
         config = self.config
         default = 5 / self.d_in**0.5 if config.variant == "april" else 0.04
         full = default if config.l1_coefficient is None else config.l1_coefficient
-        return full * min(1.0, progress / config.l1_warmup) if config.l1_warmup else full
+        return full * warm(progress, config.l1_warmup)
 
     def backward(self, step: Step) -> Backward:
-        W_dec, n = self.W_dec.detach(), max(1, len(step.x))
-        coefficient, norms = self._coefficient(step.batch.progress), W_dec.norm(dim=1)
-        sums = sum_by_feature(step.pattern, step.values)
-        l1 = (sums * norms).sum() / n
-        grad = step.grads + coefficient / n * norms[step.pattern.indices.long()]
-        pull = coefficient / n * sums / norms.clamp_min(1e-12)
-        return Backward(grad, coefficient * l1, {"l1": l1}, decoder=Extra(pull=pull))
+        return l1_backward(self, step, self._coefficient(step.batch.progress))
 
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         super().fold_scale(scale, out_scale)
-        self.fold_decoder_norms()
+        fold_decoder_norms(self)
 
-    @torch.no_grad()
-    def fold_decoder_norms(self) -> None:
-        """Give every atom unit norm and let the codes carry the size; outputs do not change."""
-        norms = self.W_dec.norm(dim=1).clamp_min(1e-12)
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
-        self.W_enc.mul_(norms[:, None])
-        self.b_enc.mul_(norms)
+
+def l1_loss(code: SparseCode, norms: Tensor) -> Tensor:
+    """``sum_i z_i ||d_i||`` averaged over rows, from the ``(n_features,)`` norms of the atoms."""
+    return (sum_by_feature(code.pattern, code.values) * norms).sum() / max(1, len(code))
+
+
+def l1_backward(dictionary: LinearDictionary, step: Step, coefficient: float) -> Backward:
+    """That penalty, times a coefficient, and its gradients, by the codes and by the atoms."""
+    n, norms = max(1, len(step.x)), dictionary.W_dec.detach().norm(dim=1)
+    sums = sum_by_feature(step.pattern, step.values)
+    l1 = (sums * norms).sum() / n
+    grad = step.grads + coefficient / n * norms[step.pattern.indices.long()]
+    pull = coefficient / n * sums / norms.clamp_min(1e-12)
+    return Backward(grad, coefficient * l1, {"l1": l1}, decoder=Extra(pull=pull))

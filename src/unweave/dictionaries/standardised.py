@@ -100,8 +100,15 @@ class StandardisedReLUConfig(StandardisedConfig, ReLUConfig):
 
 @register("standardised_relu")
 class StandardisedReLU(Standardised, ReLU):
-    """ReLU + L1 on rows brought to mean 0 and deviation 1, as SAELens does with ``layer_norm``."""
+    """ReLU + L1 on rows brought to mean 0 and deviation 1, as SAELens does with ``layer_norm``.
+
+    Standardised rows have a squared norm of d, so the penalty counts sqrt(d) times as much beside the squared error:
+    ``l1_coefficient`` means what it means for ``relu``.
+    """
 
     Config: Any = StandardisedReLUConfig
     citation = ReLU.citation
     good_for = "checkpoints of others that standardise every row first"
+
+    def _coefficient(self, progress: float) -> float:
+        return super()._coefficient(progress) * self.d_in**0.5

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
-from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._closed_form import Backward, Fit, Step, auxk_backward, plain_fit
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
 from unweave.dictionaries.registry import register
-from unweave.kernels.gradients.reference import Extra, sum_by_feature
+from unweave.dictionaries.relu import l1_backward, l1_loss
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import AboveRule, Rule, TopKRule
 from unweave.kernels.workspace import Workspace
@@ -98,7 +98,7 @@ class Transcoder(LinearDictionary):
         terms = {"mse": mse.detach()}
         total = mse / self._variance(batch.target)
         if self.config.activation == "relu":
-            l1 = (sum_by_feature(code.pattern, code.values) * self.W_dec.norm(dim=1)).sum() / max(1, len(code))
+            l1 = l1_loss(code, self.W_dec.norm(dim=1))
             total, terms["l1"] = total + self._l1(batch.progress) * l1, l1.detach()
         else:
             auxk = auxk_loss(self, batch.input, residual, self._wakeable(batch), self._k_aux)
@@ -115,12 +115,7 @@ class Transcoder(LinearDictionary):
         if self.config.activation == "topk":
             step = replace(step, batch=replace(step.batch, dead=self._wakeable(step.batch)))
             return auxk_backward(self, step, self._k_aux, self.config.auxk_coefficient)
-        W_dec, n, coefficient = self.W_dec.detach(), max(1, len(step.x)), self._l1(step.batch.progress)
-        norms, sums = W_dec.norm(dim=1), sum_by_feature(step.pattern, step.values)
-        l1 = (sums * norms).sum() / n
-        grad = step.grads + coefficient / n * norms[step.pattern.indices.long()]
-        pull = coefficient / n * sums / norms.clamp_min(1e-12)
-        return Backward(grad, coefficient * l1, {"l1": l1}, decoder=Extra(pull=pull))
+        return l1_backward(self, step, self._l1(step.batch.progress))
 
     def _variance(self, target: Tensor) -> Tensor | float:
         """What the squared error is divided by."""
@@ -134,7 +129,7 @@ class Transcoder(LinearDictionary):
     def _l1(self, progress: float) -> float:
         config = self.config
         full = 1.4e-4 * self.d_out if config.l1_coefficient is None else config.l1_coefficient
-        return full * min(1.0, progress / config.l1_warmup) if config.l1_warmup else full
+        return full * warm(progress, config.l1_warmup)
 
     @property
     def _k_aux(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
-from unweave.dictionaries._base import Loss, TrainingBatch
+from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._linear import LinearDictionary
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.topk import TopK, TopKConfig
@@ -147,8 +147,8 @@ class VSAE(TopK):
         auxk = auxk_loss(self, batch.input, residual, batch.dead, self._k_aux, signed=self.signed)
         kl = self._kl(x, pattern, means) / max(1, len(x)) if config.beta else mse.new_zeros(())
         kl = kl * self.W_dec.norm(dim=1).mean() if config.scale_kl else kl
-        warm = min(1.0, batch.progress / config.kl_warmup) if config.kl_warmup else 1.0
-        total = mse + config.auxk_coefficient * auxk + config.beta * warm * self.std.square() * kl
+        beta = config.beta * warm(batch.progress, config.kl_warmup)
+        total = mse + config.auxk_coefficient * auxk + beta * self.std.square() * kl
         terms = {"mse": mse.detach(), "auxk": auxk.detach(), "kl": kl.detach()}
         return Loss(total, terms, code.detach(), reconstruction.detach())
 

@@ -57,6 +57,7 @@ class Archetypal(Classical, AtomDictionary):
             atoms = weights @ candidates
         self.set_atoms(atoms, mean)
 
+    @torch.no_grad()
     def encode(self, x: Tensor) -> SparseCode:
         steps = self.config.encode_steps if not self.training else max(1, self.config.encode_steps // LESS)
         shares = simplex_codes(self.check_input(x) - self.b_dec, self.W_dec, steps, self.config.k)

@@ -59,6 +59,7 @@ class NMF(Classical, AtomDictionary):
             atoms = atoms[:, : self.d_in] - atoms[:, self.d_in :]
         self.set_atoms(F.normalize(atoms, dim=1), offset)
 
+    @torch.no_grad()
     def encode(self, x: Tensor) -> SparseCode:
         steps = self.config.encode_steps if not self.training else max(1, self.config.encode_steps // LESS)
         centred = self.check_input(x) - self.b_dec
