@@ -143,7 +143,9 @@ class Dictionary(nn.Module):
             return {"k": int(l0) if float(l0).is_integer() else l0}
         if "target_l0" in fields:
             return {"target_l0": l0}
-        raise UnweaveError(f"{cls.name} takes no k: its sparsity follows from other options, see `unweave archs {cls.name}`")
+        raise UnweaveError(
+            f"{cls.name} takes no k: its sparsity follows from other options, see `unweave archs {cls.name}`"
+        )
 
     # ---- hooks of the trainer ---------------------------------------------------------------------------------
 
@@ -262,10 +264,10 @@ class Dictionary(nn.Module):
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
 
 
-def no_side(dictionary: Dictionary | type[Dictionary]) -> UnweaveError:
-    """What to say where a dictionary that ``needs_side`` is given none."""
-    kind = dictionary.needs_side
+def no_side(dictionary: Dictionary | type[Dictionary], found: str | None = None) -> UnweaveError:
+    """What to say where a dictionary that ``needs_side`` is given none, or the ones called ``found``."""
+    kind, has = dictionary.needs_side, f"others ({found})" if found else "none"
     return UnweaveError(
-        f"{dictionary.name} is trained with side inputs ({kind}) and the data has none. From a model's text: collect "
+        f"{dictionary.name} is trained with side inputs ({kind}) and the data has {has}. From a model's text: collect "
         f"the activations with source.side={kind}. From arrays: unweave.fit(rows, side=..., ...)"
     )
