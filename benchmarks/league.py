@@ -147,8 +147,9 @@ def _rate(dictionary: Dictionary, factor: float) -> float | None:
 
 @torch.no_grad()
 def _reconstruction(dictionary: Dictionary, rows: torch.Tensor) -> dict[str, float]:
-    codes = [dictionary.encode(part) for part in rows.split(2048)]
-    made = torch.cat([dictionary.decode(code) for code in codes])
+    parts = rows.split(2048)
+    codes = [dictionary.encode(part) for part in parts]
+    made = torch.cat([dictionary.reconstruct(part, code) for part, code in zip(parts, codes)])
     fired = torch.stack([code.firing_counts() for code in codes]).sum(0)
     l0 = float(fired.sum()) / len(rows)
     return {"fvu": float(fvu(rows, made)), "l0": l0, "dead": float((fired == 0).double().mean())}
@@ -189,11 +190,14 @@ def measure(arch: str, name: str, data: Any, seeds: list[int], out: Path, rates:
     def once(options: dict[str, Any], seed: int, rate: float) -> dict[str, float]:
         key = json.dumps([options, seed, rate], sort_keys=True)
         path = folder / f"{abs(_digest(key)):x}.json"
-        if path.is_file():
-            return json.loads(path.read_text())["numbers"]
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if kept and kept.get("data", data.words) == data.words:  # of another number of rows it is another result
+            return kept["numbers"]
         extra = (out / "runs" / path.stem,) if isinstance(data, LanguageModelRows) else ()
         numbers = data.run(arch, options, seed, rate, *extra)
-        path.write_text(json.dumps({"options": options, "seed": seed, "rate": rate, "numbers": numbers}))
+        path.write_text(
+            json.dumps({"data": data.words, "options": options, "seed": seed, "rate": rate, "numbers": numbers})
+        )
         return numbers
 
     options = options_for(arch, data.l0, lambda options: once(options, seeds[0], 1.0))

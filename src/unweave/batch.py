@@ -119,6 +119,20 @@ class ActivationBatch:
         items = Items.of_rows(len(rows), first)
         return ActivationBatch(rows, rows if target is None else target, items, torch.arange(len(rows)), side)
 
+    @staticmethod
+    def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
+        """Several batches, at least one, as one; tied targets stay tied."""
+        inputs = torch.cat([b.input for b in batches])
+        tied = all(b.target is b.input for b in batches)
+        target = inputs if tied else torch.cat([b.target for b in batches])
+        tokens, base = [], 0
+        for batch in batches:
+            tokens.append(batch.row_token + base)
+            base += batch.items.n_tokens
+        sides = [b.side for b in batches if b.side is not None]
+        side = torch.cat(sides) if len(sides) == len(batches) else None
+        return ActivationBatch(inputs, target, Items.concatenate([b.items for b in batches]), torch.cat(tokens), side)
+
     def select(self, keep: Tensor) -> ActivationBatch:
         """Only the rows where the ``(n,)`` boolean mask is true; the items stay whole."""
         same = self.target is self.input

@@ -70,7 +70,7 @@ def test_an_endless_ring_gives_distinct_rows_and_loses_none(store):
 @pytest.mark.parametrize(("batch_size", "capacity"), [(16, 512), (100, 256), (256, 256)])
 def test_draws_are_distinct_and_even(store, batch_size, capacity):
     ring = ShuffleRing(RowStream(store), batch_size, capacity, seed=2)
-    ring.peek(1)  # fills it
+    ring.sample(1)  # fills it
     times = 60_000 // batch_size
     draws = [ring._draw() for _ in range(times)]
     assert all(len(d.unique()) == batch_size for d in draws)
@@ -245,11 +245,11 @@ def test_seeds_decide_the_batches(store):
 
 def test_peek_shows_held_rows_without_drawing(store):
     ring = ShuffleRing(RowStream(store, seed=1), batch_size=32, capacity=256, seed=1)
-    inputs, target = ring.peek(10)
+    inputs, target = ring.sample(10)[:2]
     assert target is inputs
     assert len(inputs) == 10
     assert set(rows_of((inputs,))) <= {int(x) for x in ring.state_dict()["input"][:, 0]}
-    assert len(ring.peek(1000)[0]) == 256
+    assert len(ring.sample(1000)[0]) == 256
     fresh = ShuffleRing(RowStream(store, seed=1), batch_size=32, capacity=256, seed=1)
     assert rows_of(fresh.next()) == rows_of(ring.next())
     assert "256 of 256 rows" in repr(ring)

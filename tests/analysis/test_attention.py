@@ -237,6 +237,8 @@ def test_what_it_refuses(trace, model, dictionaries, tiny_model):
         trace_attention(model, [])
     with pytest.raises(UnweaveError, match="heads of layer 0 are 32 wide, the dictionary takes 16"):
         AttentionAttribution(trace, 0, build("topk", d_in=16, n_features=8, k=2))
+    with pytest.raises(UnweaveError, match="'standardised_topk' does something else to its rows first"):
+        AttentionAttribution(trace, 0, build("standardised_topk", d_in=32, n_features=8, k=2))
     attribution = AttentionAttribution(trace, 0, dictionaries[0])
     with pytest.raises(UnweaveError, match="no feature 64"):
         attribution.by_head(64, 0)

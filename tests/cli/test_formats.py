@@ -64,6 +64,10 @@ def test_a_run_is_converted(tmp_path: Path) -> None:
     unweave.fit(rows, arch="topk", n_features=16, k=2, epochs=2, batch_size=64, folder=tmp_path / "run")
     assert isinstance(unweave.load(tmp_path / "run"), Run)
     call("convert", tmp_path / "run", "--to", "dictionary_learning", "--out", tmp_path / "out")
+    with pytest.raises(UnweaveError, match="is a run, which says all of itself: leave k out"):
+        unweave.load(tmp_path / "run", k=4)
+    with pytest.raises(UnweaveError, match="no run but a checkpoint: model and force"):
+        unweave.load(tmp_path / "out", force=True)
     with torch.no_grad():
         found = unweave.load(tmp_path / "out")(rows)
         torch.testing.assert_close(found, unweave.load(tmp_path / "run" / "dictionary")(rows), rtol=1e-4, atol=1e-5)

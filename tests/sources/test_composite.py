@@ -8,19 +8,9 @@ from torch import nn
 
 from unweave.activations import harvest
 from unweave.errors import UnweaveError
-from unweave.sources import CompositeSite, Documents, LanguageModel, ModuleSource, TextSites, TextSource, find_sites
+from unweave.sources import CompositeSite, ModuleSource, TextSites, TextSource, find_sites
 
 OPTIONS = {"context_size": 24, "batch_tokens": 200}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def texts(documents) -> Documents:
-    return Documents.from_texts(documents[:40], seed=1)
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,13 @@ import torch.nn.functional as F
 from unweave.activations import harvest
 from unweave.batch import Items
 from unweave.errors import UnweaveError
-from unweave.sources import Documents, LanguageModel, TextSites, TextSource, _running
+from unweave.sources import LanguageModel, TextSites, TextSource, _running
 
 OPTIONS = {"context_size": 24, "batch_tokens": 200, "side": "gradient", "max_norm_ratio": None}
 
 
 def load(folder, dtype="float32") -> LanguageModel:
     return LanguageModel.load(str(folder), dtype=dtype, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model) -> LanguageModel:
-    return load(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def texts(documents) -> Documents:
-    return Documents.from_texts(documents[:40], seed=1)
 
 
 def by_place(source: TextSource) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:

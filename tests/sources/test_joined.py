@@ -8,19 +8,9 @@ import torch
 import unweave
 from unweave.activations import harvest
 from unweave.errors import UnweaveError
-from unweave.sources import ArraySource, Documents, JoinedSource, LanguageModel, TextSource
+from unweave.sources import ArraySource, Documents, JoinedSource, TextSource
 
 OPTIONS = {"context_size": 24, "batch_tokens": 200, "max_norm_ratio": 1.2}  # so low that sites differ in their rows
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def texts(documents) -> Documents:
-    return Documents.from_texts(documents[:40], seed=1)
 
 
 def places(batches) -> dict[tuple[int, int], torch.Tensor]:

@@ -12,11 +12,6 @@ from unweave.errors import UnweaveError
 from unweave.sources import LanguageModel
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
-
-
 def test_facts(model, tiny_model):
     assert (model.n_layers, model.d_model, model.dtype, model.device.type) == (4, 32, torch.float32, "cpu")
     assert not model.model.training

@@ -13,11 +13,6 @@ from unweave.sources._contexts import is_held_out
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def texts(documents) -> Documents:
     return Documents.from_texts(documents[:70], seed=1)
 

@@ -7,15 +7,10 @@ import torch
 
 from unweave.activations import harvest
 from unweave.errors import NoText, UnweaveError
-from unweave.sources import Documents, LanguageModel, TextSites, TextSource
+from unweave.sources import Documents, TextSites, TextSource
 
 SITES = ["layers.2", "layers.0.mlp", "layers.1:input"]
 OPTIONS = {"context_size": 24, "batch_tokens": 200, "max_norm_ratio": 1.2}  # so low that sites differ in their rows
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

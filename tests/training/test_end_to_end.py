@@ -213,6 +213,20 @@ def test_few_contexts_at_a_time_give_the_same_gradient(model, documents, monkeyp
     torch.testing.assert_close(same, grad, rtol=1e-3, atol=1e-7)
 
 
+def test_a_context_without_a_row_changes_nothing(model, documents, monkeypatch) -> None:
+    """All of its tokens may be special or of high norm; by itself it has nothing to compare at later sites."""
+    monkeypatch.setattr("unweave.training._end_to_end._LOGIT_BYTES", 1)  # each context by itself
+    trainer = started(dictionary_of(), model, text(model, documents), downstream_coefficient=1.0)
+    whole = trainer.ring.next()
+    batch = whole.select(whole.items.item_of_token[whole.row_token] != 1)
+    assert batch.n_rows < whole.n_rows
+    x, target = trainer._prepared(_rows(batch))[:2]
+    values, grad = trainer._through_the_model(batch, x, target)
+    assert bool(torch.isfinite(grad).all())
+    assert grad.shape == x.shape
+    assert values["downstream"] == pytest.approx(0, abs=1e-9)
+
+
 class Stop(Exception):
     pass
 
@@ -268,6 +282,8 @@ def test_what_cannot_be_is_refused(model, documents, tiny_model) -> None:
             train_end_to_end(dictionary, model, source, config())
     finally:
         type(dictionary).learns_by_gradient = before
+    with pytest.raises(UnweaveError, match=r"g_sae chooses or learns by side inputs \(gradient\)"):
+        train_end_to_end(dictionary_of("g_sae"), model, text(model, documents, side="gradient"), config())
     with pytest.raises(UnweaveError, match="kl_coefficient"):
         config(kl_coefficient=-1.0)
 

@@ -140,13 +140,16 @@ KILLS = ["batch_topk", pytest.param("topk jumprelu relu", marks=pytest.mark.slow
 
 @pytest.mark.parametrize("killed", KILLS)
 def test_killed_then_resumed_in_other_processes(killed: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", str(WORKER)]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    reference = subprocess.Popen([*command, str(whole)], stdout=subprocess.DEVNULL)
+    archs, whole, broken = killed.split(), tmp_path / "whole", tmp_path / "broken"
+
+    def command(folder: Path) -> list[str]:
+        return [sys.executable, "-W", "ignore", str(WORKER), str(folder), *archs]
+
+    reference = subprocess.Popen(command(whole), stdout=subprocess.DEVNULL)
     rng = random.Random(killed)
-    for arch in killed.split():
+    for arch in archs:
         kill_at = rng.randrange(8, 140)
-        with subprocess.Popen([*command, str(broken)], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command(broken), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
             for line in process.stdout:
                 name, step = line.split()
@@ -157,9 +160,9 @@ def test_killed_then_resumed_in_other_processes(killed: str, tmp_path: Path) -> 
         assert process.returncode == -signal.SIGKILL
         assert not (broken / arch / "training.json").exists()
         assert (broken / arch / "checkpoints" / "latest.safetensors").exists()
-    subprocess.run([*command, str(broken)], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command(broken), stdout=subprocess.DEVNULL, check=True)
     assert reference.wait() == 0
-    for arch in worker.ARCHITECTURES:
+    for arch in archs:
         assert_same_run(whole / arch, broken / arch)
 
 

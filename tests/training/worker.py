@@ -1,6 +1,6 @@
-"""Trains one tiny dictionary of each architecture, one after another; a test kills this process on the way.
+"""Trains a tiny dictionary of each architecture named, one after another; a test kills this process on the way.
 
-Run as ``python worker.py FOLDER``. Every log line is announced on stdout as ``arch step``.
+Run as ``python worker.py FOLDER ARCH ...``. Every log line is announced on stdout as ``arch step``.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ class Announce:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in ARCHITECTURES:
+    for name in sys.argv[2:]:
         train(make(name), stream(), CONFIG, Path(sys.argv[1]) / name, trackers=Announce(name))

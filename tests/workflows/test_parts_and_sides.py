@@ -91,6 +91,23 @@ def test_a_transcoder_from_and_to_several_sites(tiny_model, corpus, tmp_path):
     assert unweave.load(tmp_path).dictionary.config.subtract_bias is False
 
 
+def test_a_target_for_what_subtracts_no_bias(tiny_model, corpus, tmp_path):
+    recipe = recipe_of(tiny_model, corpus, arch="random", site="layers.0.mlp:input", target_site="layers.0.mlp")
+    dictionary, _ = quiet(recipe, tmp_path).build()
+    assert "subtract_bias" not in type(dictionary.config).model_fields
+
+
+def test_other_side_inputs_than_an_architecture_needs_are_refused(tiny_model, corpus, tmp_path):
+    recipe = recipe_of(tiny_model, corpus, arch="g_sae", side="previous")
+    with pytest.raises(
+        UnweaveError, match=r"trained with side inputs \(gradient\) and the data has others \(previous\)"
+    ):
+        quiet(recipe, tmp_path / "run").build()
+    store = harvest_only(recipe, tmp_path / "store", lambda line: None)
+    with pytest.raises(UnweaveError, match=r"the data has others \(previous\)"):
+        unweave.fit(store, "g_sae", k=4, n_features=64, n_rows=500)
+
+
 def test_the_number_of_parts_goes_to_whoever_has_such_a_field(tiny_model, corpus, tmp_path):
     store = harvest_only(recipe_of(tiny_model, corpus, site="layers.*"), tmp_path / "store", lambda line: None)
     recipe = Recipe.read(None, {"store": str(store.folder), "dictionary": {"arch": PARTS, "options": {"k": 4}}}, [])

@@ -44,7 +44,7 @@ class ShardBuilder:
 
     def write(self, folder: Path, file: str, manifest: Manifest) -> ShardEntry:
         """Write the shard atomically. The same batches always give the same bytes."""
-        whole = concatenate(self.batches)
+        whole = ActivationBatch.concatenate(self.batches)
         sizes = torch.tensor([0] + [len(batch.items) for batch in self.batches])
         rows = {"input": whole.input}
         if manifest.d_out is not None:
@@ -247,20 +247,6 @@ class ShardPool:
 
     def clear(self) -> None:
         self._readers.clear()
-
-
-def concatenate(batches: list[ActivationBatch]) -> ActivationBatch:
-    """Several batches as one; tied targets stay tied."""
-    inputs = torch.cat([b.input for b in batches])
-    tied = all(b.target is b.input for b in batches)
-    target = inputs if tied else torch.cat([b.target for b in batches])
-    tokens, base = [], 0
-    for batch in batches:
-        tokens.append(batch.row_token + base)
-        base += batch.items.n_tokens
-    sides = [b.side for b in batches if b.side is not None]
-    side = torch.cat(sides) if len(sides) == len(batches) and sides else None
-    return ActivationBatch(inputs, target, Items.concatenate([b.items for b in batches]), torch.cat(tokens), side)
 
 
 def how_to_repair(path: Path) -> str:

@@ -93,13 +93,6 @@ class ShuffleRing:
         slots = torch.linspace(0, len(self) - 1, min(n, len(self))).round().long()
         return _taken(ring, slots.to(self.device), ring.document[slots])
 
-    def peek(self, n: int) -> tuple[Tensor, Tensor]:
-        """Up to ``n`` of the rows held, evenly spaced, without drawing them (to initialise a dictionary from)."""
-        ring = self._ring or self._fill()
-        slots = torch.linspace(0, len(self) - 1, min(n, len(self))).round().long().to(self.device)
-        inputs = ring.input[slots]
-        return inputs, inputs if ring.target is ring.input else ring.target[slots]
-
     def _fill(self) -> Chunk:
         stream = self.stream
         if stream.n_rows is not None:

@@ -28,7 +28,7 @@ from unweave.activations._manifest import (
     save_manifest,
     shard_name,
 )
-from unweave.activations._shard import ShardBuilder, ShardPool, ShardReader, concatenate, how_to_repair
+from unweave.activations._shard import ShardBuilder, ShardPool, ShardReader, how_to_repair
 from unweave.batch import ActivationBatch, Items, Meta
 from unweave.errors import UnweaveError
 from unweave.files import sha256_file
@@ -366,7 +366,9 @@ class ActivationStore:
             return ActivationBatch.of_rows(rows, target, side=self.sides(which))
         if not all(isinstance(here, slice) for _, here, _ in pieces):
             raise UnweaveError("a store is sliced in runs (step 1); for scattered rows use store.rows(indices)")
-        return concatenate([reader.batch_of_rows(here) for reader, here, _ in pieces if isinstance(here, slice)])
+        return ActivationBatch.concatenate(
+            [reader.batch_of_rows(here) for reader, here, _ in pieces if isinstance(here, slice)]
+        )
 
     def _locate(self, which: Rows) -> tuple[int, list[tuple[ShardReader, slice | Tensor, slice | Tensor]]]:
         """How many rows, and for each shard concerned: its reader, rows within it, their places in the result."""

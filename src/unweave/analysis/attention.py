@@ -75,6 +75,7 @@ class AttentionAttribution:
                 f"the heads of layer {layer} are {width} wide, the dictionary takes {dictionary.d_in}: was it trained "
                 f"on layers.{layer}.attn.heads of this model?"
             )
+        self._check_linear()
 
     def __repr__(self) -> str:
         return f"AttentionAttribution(layer {self.number}, {self.dictionary.name}, {self.trace!r})"
@@ -117,7 +118,8 @@ class AttentionAttribution:
 
         Returns:
             Names and ``(c, t)`` (or ``(c,)`` for one source): ``embedding``, ``layers.N.attn.heads.H`` and
-            ``layers.N.mlp`` of the layers before, and ``bias`` (of the norm and the values). Over the components it
+            ``layers.N.mlp`` of the layers before (``layers.N.attn.bias`` too, where output projections have one), and
+            ``bias`` (of the norm and the values). Over the components it
             adds up to :meth:`by_source`.
         """
         at = slice(None) if source is None else slice(self._at(source), self._at(source) + 1)
@@ -160,6 +162,19 @@ class AttentionAttribution:
         return row.indices.long(), row.values.to(self.layer.stream)
 
     # ---- details --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _check_linear(self) -> None:
+        """Refuse pre-activations that are not the sums: an encoder may do something to its rows first."""
+        dictionary, rows = self.dictionary, self.layer.heads[-4:]
+        W, b = (p.detach().to(rows) for p in (dictionary.W_enc, dictionary.b_enc))
+        centred = rows - dictionary.b_dec.detach().to(rows) if dictionary.config.subtract_bias else rows
+        made, expected = dictionary.pre_activations(rows).to(rows), centred @ W.T + b
+        if float((made - expected).norm()) > 1e-2 * float(expected.norm().clamp_min(1e-30)):
+            raise UnweaveError(
+                f"direct attribution splits a pre-activation that is linear in its input; {dictionary.name!r} does "
+                "something else to its rows first"
+            )
 
     @cached_property
     def _code(self) -> SparseCode:

@@ -153,7 +153,7 @@ def zf(dictionary: Dictionary, rows: Tensor, target: Tensor | None = None) -> ZF
     """The ZF diagnostic of quasi-orthogonality (Lee et al. 2025) for any dictionary with a linear decoder.
 
     Each feature counts ``value ||atom||``, and what the decoder makes of an empty code, its bias, counts as a feature
-    that fires everywhere.
+    that fires everywhere. Codes are those of eval mode.
 
     Args:
         rows: ``(n, d_in)``. target: ``(n, d_out)`` what they are decoded to, if not themselves.
@@ -163,7 +163,11 @@ def zf(dictionary: Dictionary, rows: Tensor, target: Tensor | None = None) -> ZF
     """
     if not dictionary.linear_decoder:
         raise UnweaveError(f"zf: {dictionary.name} does not decode linearly, so no norm of its codes is to be expected")
-    code = dictionary.encode(rows)
+    was_training = dictionary.training
+    try:
+        code = dictionary.eval().encode(rows)
+    finally:
+        dictionary.train(was_training)
     lengths = code.values * dictionary.decoder_directions().norm(dim=1)[code.indices.long()]
     squares = lengths.new_zeros(len(code)).index_add_(0, code.rows, lengths.square())
     empty = SparseCode.empty(1, dictionary.n_features, dtype=lengths.dtype).to(lengths.device)

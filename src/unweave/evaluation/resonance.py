@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unweave.errors import UnweaveError
+from unweave.evaluation.geometry import coherence
 
 _BLOCK = 512  # neurons whose scores on all rows are held at a time
 
@@ -108,14 +109,12 @@ def identifiability(codes: Tensor, directions: Tensor) -> Identifiability:
     together = fires.T @ fires
     counts = together.diagonal().clone()
     together.fill_diagonal_(0)
-    unit = F.normalize(directions, dim=1)
-    cosines = (unit @ unit.T).abs().fill_diagonal_(0)
     return Identifiability(
         int(fires.sum(1).max()) if len(codes) else 0,
         len(codes),
         int(counts.min()),
         float((together / counts.clamp_min(1)[:, None]).max()),
-        float(cosines.max()),
+        coherence(directions),
     )
 
 

@@ -87,8 +87,8 @@ def get(name: str) -> Format:
 
 
 def lacking(architecture: str, what: str) -> str:
-    """The words for a checkpoint that needs an architecture which unweave does not have."""
-    return f"{what} needs the architecture {architecture!r}, which this version of unweave does not have"
+    """The words for a checkpoint that needs an architecture which unweave does not make of such files."""
+    return f"{what} needs the architecture {architecture!r}, which unweave does not load from such files yet"
 
 
 def recognise(checkpoint: Checkpoint) -> Format:

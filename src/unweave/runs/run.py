@@ -36,14 +36,18 @@ def load(thing: str | Path, *, model: str | None = None, force: bool = False, **
         Run or Dictionary: the second in eval mode, for raw activation rows.
 
     Raises:
-        UnweaveError: when it is neither, or broken.
+        UnweaveError: when it is neither, or broken; for arguments that are of the other kind.
     """
     from unweave import formats
 
     path = Path(thing)
     is_run = any((path / name).exists() for name in ("dictionary/config.json", "recipe.yaml"))
+    if is_run and options:
+        raise UnweaveError(f"{thing} is a run, which says all of itself: leave {', '.join(options)} out")
     if is_run or not (options or formats.holds_weights(thing)):
         return Run(path, model=model, force=force)
+    if model is not None or force:
+        raise UnweaveError(f"{thing} is no run but a checkpoint: model and force mean nothing to it, leave them out")
     return formats.load(thing, **options)
 
 

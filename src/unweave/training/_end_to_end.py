@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from unweave.activations.stream import Chunk
-from unweave.batch import ActivationBatch, Items
+from unweave.batch import ActivationBatch
 from unweave.dictionaries import Dictionary, TrainingBatch
 from unweave.errors import UnweaveError
 from unweave.interventions import splice
@@ -39,8 +38,9 @@ class EndToEndConfig(TrainingConfig):
         kl_coefficient: of the divergence between the model's next-token distributions, averaged over the tokens the
             evaluation counts: every real, non-special token with one before it.
         downstream_coefficient: of the squared differences at later sites, each relative to the mean square norm of
-            the clean rows there, averaged over the spliced positions and over sites. Braun et al. weigh mean squares
-            per dimension by 2.5; relative to E||x||^2 = 1 that depends on the model, so the size is ours to choose.
+            the clean rows there (of the contexts that go through the model together), averaged over the spliced
+            positions and over sites. Braun et al. weigh mean squares per dimension by 2.5; relative to E||x||^2 = 1
+            that depends on the model, so the size is ours to choose.
         downstream_sites: which; every block's output behind the dictionary when empty.
         local_coefficient: of the squared error of the reconstruction itself.
     """
@@ -73,7 +73,7 @@ class ContextStream:
             if batch is None:
                 empty_epochs = 0 if parts else empty_epochs + 1
                 if empty_epochs > 1:
-                    raise UnweaveError("the source gave no rows: is its data empty, or was every row filtered out?")
+                    raise _no_rows()
                 self._goto(self.epoch + 1, 0, 0)
                 continue
             before = torch.searchsorted(batch.row_token, batch.items.offsets)  # rows in front of each context's end
@@ -85,7 +85,7 @@ class ContextStream:
             self._item = stop
             if stop == len(batch.items):
                 self._piece, self._item, self._batch = self._piece + 1, 0, None
-        return _joined(parts)
+        return ActivationBatch.concatenate(parts)
 
     def _current(self) -> ActivationBatch | None:
         if self._batch is None:
@@ -101,7 +101,9 @@ class ContextStream:
             taken.append(batch)
             if sum(b.n_rows for b in taken) >= n:
                 break
-        return _rows(_joined(taken))
+        if not any(batch.n_rows for batch in taken):
+            raise _no_rows()
+        return _rows(ActivationBatch.concatenate(taken))
 
     def stats(self) -> dict[str, Any]:
         return {}
@@ -196,7 +198,7 @@ class EndToEndTrainer(Trainer):
             with _Watch(self.later) as rows, splice(model, self.site, lambda _: raw, contexts.spliced):
                 logits = self._logits(contexts)
             numbers = {"kl": divergence(clean, logits) * share["kl"]}
-            if self.later:
+            if self.later and len(y):
                 numbers["downstream"] = _apart(rows, clean_rows, contexts.spliced) * share["apart"]
             numbers["mse"] = (target - y).square().sum(1).sum() * (share["apart"] / max(1, len(y)))
             weights = {"kl": config.kl_coefficient, "mse": config.local_coefficient}
@@ -260,6 +262,10 @@ def later_sites(model: LanguageModel, site: Site, config: EndToEndConfig) -> lis
     return found
 
 
+def _no_rows() -> UnweaveError:
+    return UnweaveError("the source gave no rows: is its data empty, or was every row filtered out?")
+
+
 def _contexts(batch: ActivationBatch, first: int, stop: int) -> ActivationBatch:
     """Contexts ``first`` to ``stop`` of a batch, with their rows."""
     ends = batch.items.offsets[[first, stop]]
@@ -268,17 +274,6 @@ def _contexts(batch: ActivationBatch, first: int, stop: int) -> ActivationBatch:
     target = rows if batch.target is batch.input else batch.target[a:b]
     side = None if batch.side is None else batch.side[a:b]
     return ActivationBatch(rows, target, batch.items[first:stop], batch.row_token[a:b] - ends[0], side)
-
-
-def _joined(parts: list[ActivationBatch]) -> ActivationBatch:
-    starts = [0, *torch.tensor([part.items.n_tokens for part in parts]).cumsum(0).tolist()]
-    rows = torch.cat([part.input for part in parts])
-    tied = all(part.target is part.input for part in parts)
-    target = rows if tied else torch.cat([part.target for part in parts])
-    places = torch.cat([part.row_token + start for part, start in zip(parts, islice(starts, len(parts)))])
-    sides = [part.side for part in parts if part.side is not None]
-    items = Items.concatenate([part.items for part in parts])
-    return ActivationBatch(rows, target, items, places, torch.cat(sides) if sides else None)
 
 
 def _rows(batch: ActivationBatch) -> Chunk:

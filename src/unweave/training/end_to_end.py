@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
-from unweave.files import only_writer
 from unweave.sources import LanguageModel, TextSource
 from unweave.training._end_to_end import ContextStream, EndToEndConfig, EndToEndTrainer
-from unweave.training.loop import Run, Trained, finished, identity_of, precision_of, private_rng
-from unweave.training.trackers import Tracker, make_trackers, running
+from unweave.training.loop import Trained, identity_of, run_in_folder
+from unweave.training.trackers import Tracker
 
 
 def train_end_to_end(
@@ -36,33 +34,29 @@ def train_end_to_end(
     through the model (``kl``, ``downstream``) and the weighted ``mse``, the dictionary's own penalties stand beside it.
 
     Args:
-        dictionary: of any architecture that learns by gradient; trained in place, on the device it is on.
+        dictionary: of any architecture that learns by gradient and takes no side inputs; trained in place, on the
+            device it is on.
         model: what to splice it into. source: which contexts, and which of their positions give rows.
         folder, trackers: as for ``train``.
 
     Raises:
-        UnweaveError: for a source of another model, a dictionary that learns without gradients, or what ``train``
-            raises.
+        UnweaveError: for a source of another model, a dictionary that learns without gradients or with side inputs,
+            or what ``train`` raises.
     """
     if source.model is not model:
         raise UnweaveError(f"the source reads {source.model.name!r}, not the model given: make the source from it")
     if not dictionary.learns_by_gradient:
         raise UnweaveError(f"{dictionary.name} learns without gradients: nothing can reach it through a model")
-    folder = None if folder is None else Path(folder)
-    stream = ContextStream(source, config.batch_size)
-    identity = identity_of(dictionary, config, stream)  # pyright: ignore[reportArgumentType]
-    trackers = make_trackers(trackers)
-    with contextlib.ExitStack() as held:
-        if folder is not None:
-            held.enter_context(only_writer(folder))
-            if (folder / "training.json").is_file():
-                return finished(folder, dictionary, config, identity)
-        held.enter_context(private_rng(dictionary.device, config.seed))
-        held.enter_context(precision_of(config.precision))
-        run = Run(EndToEndTrainer(dictionary, stream, model, config), folder, identity)
-        try:
-            with running(trackers, run.id, {**config.to_dict(), **identity["dictionary"]}, folder):
-                run.loop(trackers)
-        finally:
-            run.log.close()
-        return run.finish()
+    if dictionary.needs_side:
+        raise UnweaveError(
+            f"{dictionary.name} chooses or learns by side inputs ({dictionary.needs_side}), which its reconstruction "
+            "in the model does not see: train it on rows instead"
+        )
+    return run_in_folder(
+        lambda: EndToEndTrainer(dictionary, ContextStream(source, config.batch_size), model, config),
+        dictionary,
+        config,
+        identity_of(dictionary, config, source),
+        folder,
+        trackers,
+    )

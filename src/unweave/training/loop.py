@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from unweave.activations.half_ring import HalfRing
 from unweave.activations.ring import ShuffleRing
 from unweave.activations.stream import RowStream
 from unweave.dictionaries import Dictionary
+from unweave.dictionaries._base import no_side
 from unweave.errors import UnweaveError
 from unweave.files import only_writer, read_json, write_json
 from unweave.progress import track
@@ -85,8 +86,26 @@ def train(
         UnweaveError: when the folder holds a training of another config, the rows do not fit the dictionary, the
             loss is no longer finite, or the disk is full. The last checkpoint is kept in every case.
     """
+    return run_in_folder(
+        lambda: Trainer(dictionary, make_ring(stream, config, dictionary.device), config),
+        dictionary,
+        config,
+        identity_of(dictionary, config, stream.data),
+        folder,
+        trackers,
+    )
+
+
+def run_in_folder(
+    make: Callable[[], Trainer],
+    dictionary: Dictionary,
+    config: TrainingConfig,
+    identity: dict[str, Any],
+    folder: str | Path | None,
+    trackers: Iterable[str | Tracker] | str | Tracker,
+) -> Trained:
+    """Train with the trainer that ``make`` makes, or go on, or read back what is finished; see :func:`train`."""
     folder = None if folder is None else Path(folder)
-    identity = identity_of(dictionary, config, stream)
     trackers = make_trackers(trackers)
     with contextlib.ExitStack() as held:
         if folder is not None:
@@ -95,8 +114,7 @@ def train(
                 return finished(folder, dictionary, config, identity)
         held.enter_context(private_rng(dictionary.device, config.seed))
         held.enter_context(precision_of(config.precision))
-        trainer = Trainer(dictionary, make_ring(stream, config, dictionary.device), config)
-        run = Run(trainer, folder, identity)
+        run = Run(make(), folder, identity)
         try:
             with running(trackers, run.id, {**config.to_dict(), **identity["dictionary"]}, folder):
                 run.loop(trackers)
@@ -105,12 +123,12 @@ def train(
         return run.finish()
 
 
-def identity_of(dictionary: Dictionary, config: TrainingConfig, stream: RowStream) -> dict[str, Any]:
-    """What makes two trainings the same one."""
+def identity_of(dictionary: Dictionary, config: TrainingConfig, data: Any) -> dict[str, Any]:
+    """What makes two trainings the same one; ``data`` is the source or store of the rows."""
     return {
         "config": config.to_dict(),
         "dictionary": {"arch": dictionary.name, **dictionary.config.to_dict()},
-        "data": json.loads(json.dumps(stream.data.provenance)),  # as it will be read back
+        "data": json.loads(json.dumps(data.provenance)),  # as it will be read back
     }
 
 
@@ -157,6 +175,9 @@ class Run:
     ) -> None:
         self.trainer, self.folder, self.identity = trainer, folder, identity
         self.config = trainer.config
+        needed, found = trainer.dictionary.needs_side, identity["data"].get("side")
+        if needed and found and found != needed:
+            raise no_side(trainer.dictionary, found)
         self.checkpoints = Checkpoints(folder, self.config.checkpoint_every)
         log_file = None if folder is None else folder / "metrics.jsonl"
         if saved is None and (saved := self.checkpoints.read()) is not None and "identity" not in saved:

@@ -66,7 +66,7 @@ def train_many(
             held.enter_context(only_writer(folder))
             for name, (dictionary, own) in members.items():
                 if (folder / name / "training.json").is_file():
-                    results[name] = finished(folder / name, dictionary, own, identity_of(dictionary, own, stream))
+                    results[name] = finished(folder / name, dictionary, own, identity_of(dictionary, own, stream.data))
         left = {name: member for name, member in members.items() if name not in results}
         if left:
             held.enter_context(private_rng(device, config.seed))
@@ -193,7 +193,7 @@ class _Grid:
             own_folder = None if folder is None else folder / name
             if own_folder is not None and checkpoint_file(own_folder).is_file():
                 raise of_others(checkpoint_file(own_folder), "a training of one dictionary")
-            self.runs[name] = Run(trainer, own_folder, identity_of(dictionary, own, stream), state)
+            self.runs[name] = Run(trainer, own_folder, identity_of(dictionary, own, stream.data), state)
         self._joints = _join([run.trainer for run in self.runs.values()])
 
     def loop(self) -> None:

@@ -291,9 +291,9 @@ def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> D
 
     wanted = recipe.dictionary
     kind, options = get(wanted.arch), dict(wanted.options)
-    if kind.needs_side and recipe.source.side is None:
-        raise no_side(kind)
-    if recipe.source.target_site:
+    if kind.needs_side and recipe.source.side != kind.needs_side:
+        raise no_side(kind, recipe.source.side)
+    if recipe.source.target_site and "subtract_bias" in kind.Config.model_fields:
         options.setdefault("subtract_bias", False)
     options |= parts_option(kind, origin, options)
     widths = {"d_in": origin.d_in, "d_out": origin.d_out, "n_features": wanted.width(origin.d_in)}

@@ -15,6 +15,7 @@ from unweave.dictionaries import Dictionary, DictionaryConfig
 from unweave.errors import UnweaveError
 from unweave.evaluation import METRICS, Evaluation
 from unweave.evaluation.synthetic import SyntheticSource, match, recover
+from unweave.metrics import fvu
 
 ORTHONORMAL = {"d": 16, "n_features": 16, "directions": "orthonormal", "l0": 3.0}
 
@@ -187,6 +188,17 @@ def test_it_is_an_evaluation_with_versions_and_a_file(tmp_path):
     again = Evaluation.load(tmp_path / "recovery.json")
     assert again["mcc"] == found["mcc"]
     assert again.baselines["random"]["mmcs"].value == found.baselines["random"]["mmcs"].value
+
+
+@pytest.mark.parametrize("arch", ["standardised_topk", "topk"])
+def test_the_reconstruction_is_the_dictionarys_whatever_goes_by_the_code(arch):
+    """Mean and deviation of a row come back from the row, not from its code."""
+    source = SyntheticSource(**ORTHONORMAL, offset=2.0)
+    torch.manual_seed(0)
+    dictionary = unweave.build(arch, 16, 24, k=3).eval()
+    rows = source.held_out().sample(500).rows
+    expected = float(fvu(rows, dictionary(rows).detach()))
+    assert recover(dictionary, source, n_rows=500)["fvu"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_cannot_be_compared_is_refused():

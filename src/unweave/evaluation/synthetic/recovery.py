@@ -115,8 +115,9 @@ def recover(
         return made
 
     def by_dictionary(sample: Sample) -> tuple[SparseCode, Tensor]:
-        code = dictionary.encode(sample.rows)
-        return code, dictionary.decode(code)
+        x = dictionary.check_input(sample.rows)
+        code = dictionary.encode(x)
+        return code, dictionary.reconstruct(x, code)
 
     def written(code: SparseCode, directions: Tensor) -> Tensor:
         return decode(code.pattern, code.values, directions) + world.offset
