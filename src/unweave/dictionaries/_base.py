@@ -270,20 +270,14 @@ class Dictionary(nn.Module):
         return dictionary.to(device).eval()  # pyright: ignore[reportReturnType]
 
 
-<<<<<<< HEAD
 def warm(progress: float, share: float) -> float:
     """How much of a penalty counts, from 0 to 1, that rises evenly over the first ``share`` of training."""
     return min(1.0, progress / share) if share else 1.0
 
 
-def no_side(dictionary: Dictionary | type[Dictionary]) -> UnweaveError:
-    """What to say where a dictionary that ``needs_side`` is given none."""
-    kind = dictionary.needs_side
-=======
 def no_side(dictionary: Dictionary | type[Dictionary], found: str | None = None) -> UnweaveError:
     """What to say where a dictionary that ``needs_side`` is given none, or the ones called ``found``."""
     kind, has = dictionary.needs_side, f"others ({found})" if found else "none"
->>>>>>> r2
     return UnweaveError(
         f"{dictionary.name} is trained with side inputs ({kind}) and the data has {has}. From a model's text: collect "
         f"the activations with source.side={kind}. From arrays: unweave.fit(rows, side=..., ...)"
