@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 _OTHER = "it maps one site to another, or several to several"
 LEFT_OUT: dict[str, str] = {
-    **dict.fromkeys(("transcoder", "skip_transcoder", "clt"), _OTHER),
+    **dict.fromkeys(("transcoder", "skip_transcoder", "jumprelu_skip_transcoder", "clt"), _OTHER),
     **dict.fromkeys(("crosscoder", "topk_crosscoder", "batch_topk_crosscoder"), _OTHER),
     "g_sae": "it needs the gradients of a model's loss beside the rows",
     "temporal": "it needs the row of the token before",

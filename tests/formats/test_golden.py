@@ -16,12 +16,6 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.rglob("expected.safetensors"))
 # Architectures that unweave has not, by what the name of a case contains.
 LACKING = {
-    "gated": "gated",
-    "gatedautoencoder": "gated",
-    "skip_transcoder": "skip_transcoder",
-    "groupmax": "group_max",
-    "matching_pursuit": "mp",
-    "random_mp": "mp",
     "glu": "glu encoder",
     "jumprelu_layer_norm": "standardised_jumprelu",
 }

@@ -53,6 +53,7 @@ from unweave.dictionaries.switch import Switch as Switch
 from unweave.dictionaries.temporal import Temporal as Temporal
 from unweave.dictionaries.top_afa import TopAFA as TopAFA
 from unweave.dictionaries.topk import TopK as TopK
+from unweave.dictionaries.transcoder import JumpReLUSkipTranscoder as JumpReLUSkipTranscoder
 from unweave.dictionaries.transcoder import SkipTranscoder as SkipTranscoder
 from unweave.dictionaries.transcoder import Transcoder as Transcoder
 from unweave.dictionaries.vsae import VSAE as VSAE

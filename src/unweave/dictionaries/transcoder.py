@@ -15,6 +15,7 @@ from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._closed_form import Backward, Fit, Step, auxk_backward, plain_fit
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
+from unweave.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.relu import l1_backward, l1_loss
 from unweave.kernels.pattern import Pattern
@@ -141,8 +142,31 @@ class Transcoder(LinearDictionary):
         self.b_enc.copy_(-self.centre(sample).mean(0) @ self.W_enc.T)
 
 
+class Skip(LinearDictionary):
+    """A mixin, first among the bases: ``x W_skip`` is added to what the code gives.
+
+    ``W_skip (d_in, d_out)`` starts at 0. ``decode`` knows only the code, so it gives ``z W_dec + b_dec``; the whole
+    is ``reconstruct(x, code)`` or the dictionary called on rows.
+    """
+
+    def __init__(self, config: LinearConfig) -> None:
+        super().__init__(config)
+        self.W_skip = nn.Parameter(torch.zeros(config.d_in, config.d_out))
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self.check_input(x) @ self.W_skip
+
+    def reconstruct(self, x: Tensor, code: SparseCode) -> Tensor:
+        return self.decode(code) + self.skip(x)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        super().fold_scale(scale, out_scale)
+        self.W_skip.mul_(scale / (scale if out_scale is None else out_scale))
+
+
 @register("skip_transcoder")
-class SkipTranscoder(Transcoder):
+class SkipTranscoder(Skip, Transcoder):
     """``y_hat = z W_dec + x W_skip + b_dec``: a linear map takes what is linear, the features are left with the rest.
 
     ``W_skip (d_in, d_out)`` starts at 0. ``decode`` knows only the code, so it gives ``z W_dec + b_dec``; the whole
@@ -154,17 +178,34 @@ class SkipTranscoder(Transcoder):
     )
     good_for = "an MLP's input to its output, with what is linear left to a linear map"
 
-    def __init__(self, config: TranscoderConfig) -> None:
-        super().__init__(config)
-        self.W_skip = nn.Parameter(torch.zeros(config.d_in, config.d_out))
-
-    def reconstruct(self, x: Tensor, code: SparseCode) -> Tensor:
-        return self.decode(code) + self.check_input(x) @ self.W_skip
-
     def loss(self, batch: TrainingBatch) -> Loss:
         return super().loss(batch)  # through autograd: the closed form knows nothing of the skip
 
-    @torch.no_grad()
-    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
-        super().fold_scale(scale, out_scale)
-        self.W_skip.mul_(scale / (scale if out_scale is None else out_scale))
+
+class JumpReLUSkipTranscoderConfig(JumpReLUConfig):
+    """As for jumprelu."""
+
+    subtract_bias: bool = False
+
+
+@register("jumprelu_skip_transcoder")
+class JumpReLUSkipTranscoder(Skip, JumpReLU):
+    """``y_hat = z W_dec + x W_skip + b_dec`` with ``z = u 1[u > theta]``: JumpReLU beside a linear map.
+
+    Its loss is JumpReLU's on what the linear map leaves of the target. As in ``skip_transcoder``, the skip starts at 0
+    and is no part of ``decode``. Gemma Scope 2 has published transcoders of this form; how they were trained is not in
+    their files, so loss and defaults are those of ``jumprelu``, which is our choice.
+    """
+
+    Config = JumpReLUSkipTranscoderConfig
+    citation = (
+        "Google DeepMind 2025, Gemma Scope 2 (affine transcoders); the skip: Paulo et al. 2025, arXiv:2501.18823; "
+        "JumpReLU: Rajamanoharan et al. 2024, arXiv:2407.14435"
+    )
+    good_for = "an MLP's input to its output at a chosen L0, with what is linear left to a linear map"
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        skip = self.skip(batch.input)
+        loss = super().loss(replace(batch, target=batch.target - skip))
+        assert isinstance(loss.reconstruction, Tensor)
+        return replace(loss, reconstruction=loss.reconstruction + skip.detach())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ class Parts:
 
     The library computes, for a raw row ``x`` and atoms of norm ``n``::
 
-        x' = in_scale x;  u = (x' - b_pre) W_enc^T + b_enc;  z = act(u);  y = (z W_dec + b_dec) / out_scale
+        x' = in_scale x;  u = (x' - b_pre) W_enc^T + b_enc;  z = act(u);  y = (z W_dec + b_dec + x' W_skip) / out_scale
 
     Attributes:
         architecture: of unweave's registry. options: of its config.
@@ -30,6 +30,8 @@ class Parts:
             scaled (Llama Scope v1), and so has to be scaled like them.
         norms: what decoder norms have to do with ``act``. "apart": nothing. "in_codes": the library acts on ``u n`` and
             that is its code, decoded with ``W_dec / n``. "in_threshold": it acts on ``u n`` but the code is u.
+        log_magnitude, b_mag: ``(F,)``, of gated ones: ``z = 1[u > 0] ReLU(exp(log_magnitude) (u - b_enc) + b_mag)``.
+        W_skip: ``(d_in, d_out)``, of those with a skip.
     """
 
     architecture: str
@@ -44,6 +46,28 @@ class Parts:
     out_scale: float = 1.0
     raw_threshold: bool = False
     norms: Norms = "apart"
+    log_magnitude: Tensor | None = None
+    b_mag: Tensor | None = None
+    W_skip: Tensor | None = None
+
+
+# An architecture by its activation, and the one that has a skip besides: its name and its options.
+_SKIPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu": ("skip_transcoder", {"activation": "relu"}),
+    "topk": ("skip_transcoder", {}),
+    "jumprelu": ("jumprelu_skip_transcoder", {}),
+}
+
+
+def skip_name(architecture: str) -> str | None:
+    """The architecture with a skip beside the code; None if there is none."""
+    return _SKIPS[architecture][0] if architecture in _SKIPS else None
+
+
+def with_skip(parts: Parts, W_skip: Tensor) -> Parts:
+    """The same with ``x' W_skip`` added to its output."""
+    name, options = _SKIPS[parts.architecture]
+    return replace(parts, architecture=name, options={**parts.options, **options}, W_skip=W_skip)
 
 
 @torch.no_grad()
@@ -62,6 +86,8 @@ def fold(parts: Parts) -> Dictionary:
     b_enc = _bias(parts.b_enc, n_features, "b_enc")
     b_dec = _bias(parts.b_dec, d_out, "b_dec")
     b_pre = _bias(parts.b_pre, d_in, "b_pre")
+    b_mag = _bias(parts.b_mag, n_features, "b_mag")
+    gain = _bias(parts.log_magnitude, n_features, "log_magnitude").exp()
     into, out = float(parts.in_scale), float(parts.out_scale)
     for name, scale in (("input", into), ("output", out)):
         if not 0 < scale < float("inf"):
@@ -73,6 +99,7 @@ def fold(parts: Parts) -> Dictionary:
     if parts.norms == "in_codes":
         norms = W_dec.norm(dim=1).clamp_min(1e-30)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
+        b_mag = b_mag * norms
     elif parts.norms == "in_threshold" and threshold is not None:
         threshold = threshold / W_dec.norm(dim=1).clamp_min(1e-30)
 
@@ -80,9 +107,10 @@ def fold(parts: Parts) -> Dictionary:
     # Subtracting b_dec is what dictionaries do; any other bias goes into b_enc.
     subtract = d_in == d_out and parts.b_pre is not None and torch.equal(b_pre / into, b_dec / out)
     if not subtract:
-        b_enc = b_enc - _product(W_enc, b_pre)
+        shift = _product(W_enc, b_pre)
+        b_enc, b_mag = b_enc - shift, b_mag - gain * shift
     W_enc = W_enc if into == out else W_enc * (into / out)
-    b_enc, b_dec = b_enc / out, b_dec / out
+    b_enc, b_dec, b_mag = b_enc / out, b_dec / out, b_mag / out
     threshold = None if threshold is None else threshold / out
 
     kind = get(parts.architecture)
@@ -92,6 +120,11 @@ def fold(parts: Parts) -> Dictionary:
     dictionary = build(parts.architecture, d_in, n_features, d_out, **options)
     state = dictionary.state_dict()
     state.update({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec})
+    for name, value in (("log_magnitude", gain.log()), ("b_mag", b_mag), ("W_skip", parts.W_skip)):
+        if (name in state) != (getattr(parts, name) is not None):
+            raise UnweaveError(f"{parts.architecture} {'needs' if name in state else 'has no place for'} {name}")
+        if name in state:
+            state[name] = value * (into / out) if name == "W_skip" else value
     if threshold is not None:
         _set_threshold(state, threshold, parts.architecture)
     dictionary.load_state_dict({name: value.to(dictionary.state_dict()[name].dtype) for name, value in state.items()})

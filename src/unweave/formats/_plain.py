@@ -10,6 +10,9 @@ from torch import Tensor
 
 from unweave.dictionaries import Dictionary
 from unweave.dictionaries._linear import LinearDictionary
+from unweave.dictionaries.gated import Gated
+from unweave.dictionaries.group_max import GroupMax
+from unweave.dictionaries.transcoder import Skip
 from unweave.errors import UnweaveError
 from unweave.kernels.select import AboveRule, TopKRule
 
@@ -18,8 +21,9 @@ from unweave.kernels.select import AboveRule, TopKRule
 class Plain:
     """What a linear dictionary does in eval mode, whatever it was trained with.
 
-    ``activation`` is "topk" or "abs_topk" with ``k``, "relu", or "jumprelu" with ``threshold (F,)``; the codes of the
-    first, third and fourth are never negative. The encoder reads ``x - b_dec`` where ``subtracts``.
+    ``activation`` is "topk", "abs_topk" or "group_max" with ``k``, "relu", "jumprelu" with ``threshold (F,)``, or
+    "gated" with ``log_magnitude`` and ``b_mag (F,)``; only the codes of "abs_topk" may be negative. The encoder reads
+    ``x - b_dec`` where ``subtracts``; ``x W_skip`` is added to the output where there is one.
     """
 
     W_enc: Tensor
@@ -27,9 +31,12 @@ class Plain:
     b_enc: Tensor
     b_dec: Tensor
     subtracts: bool
-    activation: Literal["relu", "topk", "abs_topk", "jumprelu"]
+    activation: Literal["relu", "topk", "abs_topk", "group_max", "jumprelu", "gated"]
     k: int | None = None
     threshold: Tensor | None = None
+    log_magnitude: Tensor | None = None
+    b_mag: Tensor | None = None
+    W_skip: Tensor | None = None
 
     @property
     def d_in(self) -> int:
@@ -54,13 +61,22 @@ class Plain:
         shift = (self.W_enc.double() @ self.b_dec.double()).float()
         return self.b_enc + shift if subtracts else self.b_enc - shift
 
+    def magnitude_bias(self, subtracts: bool) -> Tensor:
+        """``b_mag`` likewise; ``encoder_bias`` first sees to it that this can be done."""
+        assert self.b_mag is not None
+        assert self.log_magnitude is not None
+        if subtracts == self.subtracts:
+            return self.b_mag
+        shift = self.log_magnitude.double().exp() * (self.W_enc.double() @ self.b_dec.double())
+        return (self.b_mag + (shift if subtracts else -shift)).float()
+
 
 @torch.no_grad()
 def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
     """The dictionary as a :class:`Plain`.
 
     Args:
-        can: the activations that the target has.
+        can: the activations that the target has, and "skip" if it has that.
 
     Raises:
         UnweaveError: when the dictionary is not linear, or its activation is none of these.
@@ -68,8 +84,12 @@ def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
     if not isinstance(dictionary, LinearDictionary):
         raise UnweaveError(f"{title} cannot express a {dictionary.name!r} dictionary: its encoder is not linear")
     rule = dictionary.eval().rule()
-    k, threshold = None, None
-    if isinstance(rule, TopKRule):
+    k, threshold, more = None, None, {}
+    if isinstance(dictionary, Gated):
+        activation, more = "gated", {"log_magnitude": dictionary.log_magnitude, "b_mag": dictionary.b_mag}
+    elif isinstance(dictionary, GroupMax):
+        activation, k = "group_max", dictionary.config.k
+    elif isinstance(rule, TopKRule):
         activation, k = ("abs_topk" if rule.signed else "topk"), rule.k
     elif isinstance(rule, AboveRule):
         bound = torch.as_tensor(rule.threshold, dtype=torch.float32).detach().cpu()
@@ -84,10 +104,18 @@ def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
     if activation not in can:
         raise UnweaveError(
             f"{title} cannot express the activation {activation!r} of this {dictionary.name!r} dictionary; it has "
-            + ", ".join(can)
+            + ", ".join(name for name in can if name != "skip")
         )
+    if isinstance(dictionary, Skip):
+        if "skip" not in can:
+            raise UnweaveError(f"{title} cannot express the skip of this {dictionary.name!r} dictionary")
+        more["W_skip"] = dictionary.W_skip
     W_enc, W_dec, b_enc, b_dec = (
-        t.detach().float().cpu().contiguous()
-        for t in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
+        _plain(t) for t in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
     )
-    return Plain(W_enc, W_dec, b_enc, b_dec, dictionary.config.subtract_bias, activation, k, threshold)
+    more = {name: _plain(tensor) for name, tensor in more.items()}
+    return Plain(W_enc, W_dec, b_enc, b_dec, dictionary.config.subtract_bias, activation, k, threshold, **more)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()

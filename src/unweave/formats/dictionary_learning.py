@@ -31,6 +31,8 @@ _KEYS = {
 }
 _ARCHITECTURES = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "JumpReluAutoEncoder": "jumprelu"}
 _ARCHITECTURES |= {"AutoEncoderTopK": "topk", "BatchTopKSAE": "batch_topk", "MatryoshkaBatchTopKSAE": "matryoshka"}
+_ARCHITECTURES |= {"GatedAutoEncoder": "gated"}
+_BIASES = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
 _BY_THRESHOLD = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 _NORMS_FOLDED = "AutoEncoder"  # whose loader normalises the decoder; no other class's does
 
@@ -67,8 +69,7 @@ class DictionaryLearning(Format):
         layer, module = trainer.get("layer", int), trainer.get("submodule_name", str)
         notes, missing = [], None
         if kind not in _ARCHITECTURES:
-            needed = "gated" if kind == "GatedAutoEncoder" else kind
-            missing = lacking(needed, f"dictionary_learning's {kind}")
+            missing = lacking(kind, f"dictionary_learning's {kind}")
         if kind in _BY_THRESHOLD and tensors.number("threshold") < 0:
             notes.append("its threshold was never set: the library, and so unweave, keeps every positive feature")
         site = site_of_module(module) or (None if layer is None or module else f"layers.{layer}")
@@ -104,8 +105,12 @@ class DictionaryLearning(Format):
                 tensors.read("encoder.weight", n_features, d),
                 tensors.read("decoder.weight", d, n_features).T,
             )
-            b_enc = tensors.read("encoder.bias", n_features)
-        b_dec = tensors.read({"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec"), d)
+            b_enc = tensors.read("gate_bias" if kind == "GatedAutoEncoder" else "encoder.bias", n_features)
+        b_dec = tensors.read(_BIASES.get(kind, "b_dec"), d)
+        gated = {}
+        if kind == "GatedAutoEncoder":
+            gated["log_magnitude"] = tensors.read("r_mag", n_features)
+            gated["b_mag"] = tensors.read("mag_bias", n_features)
         subtracts = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
         return Parts(
             _ARCHITECTURES[kind],
@@ -117,6 +122,7 @@ class DictionaryLearning(Format):
             threshold=_threshold(kind, tensors, n_features),
             options=self._options(checkpoint, kind, tensors, trainer, n_features),
             norms="in_codes" if kind == _NORMS_FOLDED else "apart",
+            **gated,
         )
 
     def _open(self, checkpoint: Checkpoint) -> tuple[Tensors, Settings, Settings]:
@@ -174,17 +180,23 @@ class DictionaryLearning(Format):
         return options
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
-        p = plain(dictionary, self.title, "relu", "topk", "jumprelu")
+        p = plain(dictionary, self.title, "relu", "topk", "jumprelu", "gated")
         if p.d_in != p.d_out:
             raise UnweaveError(f"dictionary_learning has no transcoders; this one maps {p.d_in} to {p.d_out}")
-        kind = {"relu": "AutoEncoderNew", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}[p.activation]
-        b_enc = p.encoder_bias(kind == "AutoEncoderTopK", self.title)
+        kind = {"relu": "AutoEncoderNew", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
+        kind = {**kind, "gated": "GatedAutoEncoder"}[p.activation]
+        b_enc = p.encoder_bias(kind in ("AutoEncoderTopK", "GatedAutoEncoder"), self.title)
         state: dict[str, Tensor] = {"encoder.weight": p.W_enc, "encoder.bias": b_enc, "decoder.weight": p.W_dec.T}
         if kind == "AutoEncoderNew":
             state["decoder.bias"] = p.b_dec
         elif kind == "AutoEncoderTopK":
             assert p.k is not None
             state |= {"b_dec": p.b_dec, "k": torch.tensor(p.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+        elif kind == "GatedAutoEncoder":
+            assert p.log_magnitude is not None
+            del state["encoder.bias"]
+            state |= {"decoder_bias": p.b_dec, "gate_bias": b_enc, "r_mag": p.log_magnitude}
+            state["mag_bias"] = p.magnitude_bias(True)
         else:
             assert p.threshold is not None
             state = {"W_enc": p.W_enc.T, "W_dec": p.W_dec, "b_enc": b_enc, "b_dec": p.b_dec, "threshold": p.threshold}

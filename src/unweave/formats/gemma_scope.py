@@ -11,12 +11,13 @@ from unweave.dictionaries import Dictionary
 from unweave.files import atomic_path
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts, site_of_module
-from unweave.formats._fold import Parts
+from unweave.formats._fold import Parts, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.containers import Settings, Tensors
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+_AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
 _SITES = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
 
 
@@ -31,7 +32,7 @@ class _GemmaScope(Format):
         W_enc, W_dec = tensors.read(names["w_enc"], d_in, n_features).T, tensors.read(names["w_dec"], n_features, d_out)
         if "embedding" in _path(checkpoint):  # trained on sqrt(d) times smaller rows
             W_enc, W_dec = W_enc / d_in**0.5, W_dec * d_in**0.5
-        return Parts(
+        parts = Parts(
             "jumprelu",
             W_enc,
             W_dec,
@@ -39,6 +40,7 @@ class _GemmaScope(Format):
             b_dec=tensors.read(names["b_dec"], d_out),
             threshold=tensors.read(names["threshold"], n_features),
         )
+        return with_skip(parts, tensors.read(_AFFINE, d_in, d_out)) if _AFFINE in tensors else parts
 
 
 @register("gemma-scope")
@@ -96,9 +98,7 @@ class GemmaScope2(_GemmaScope):
         config, path = _settings(checkpoint), _path(checkpoint)
         tensors, missing = _open(checkpoint), None
         if len(tensors.info["w_dec"].shape) == 3:
-            missing = lacking("clt", "a cross-layer transcoder")
-        elif "affine_skip_connection" in tensors:
-            missing = lacking("skip_transcoder with thresholds", "an affine skip connection")
+            missing = "one layer of a cross-layer transcoder: name the folder that holds the folders of all layers"
         hook, target = config.get("hf_hook_point_in", str), config.get("hf_hook_point_out", str)
         return _facts(
             self.name,
@@ -125,7 +125,8 @@ def _facts(format: str, checkpoint: Checkpoint, **known) -> Facts:
     d_in, n_features = tensors.shape(names["w_enc"], 2)
     W_dec = tensors.info[names["w_dec"]]
     sizes = {"d_in": d_in, "d_out": W_dec.shape[-1], "n_features": n_features, "dtype": W_dec.dtype}
-    return Facts(format, "jumprelu", **sizes, **known)
+    name = "jumprelu_skip_transcoder" if _AFFINE in tensors else "jumprelu"
+    return Facts(format, name, **sizes, **known)
 
 
 def _settings(checkpoint: Checkpoint) -> Settings:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unweave.dictionaries import Dictionary, build
 from unweave.errors import UnweaveError
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
@@ -16,6 +17,8 @@ from unweave.formats.containers import Tensors
 from unweave.formats.registry import Format, lacking, register
 
 _ATOMS, _LINEAR = "dictionary._weights", "encoder.final_block.0.weight"
+_POINTS, _WEIGHTS, _RELAX = "dictionary.C", "dictionary.W", "dictionary.Relax"
+_PURSUITS = ("mp", "omp")
 _NORMALISATIONS = ("l2", "max_l2", "l1", "max_l1", "identity")
 
 
@@ -24,15 +27,20 @@ class Overcomplete(Format):
     """Atoms are ``normalised(dictionary._weights) exp(dictionary.multiplier)``; no decoder bias, nothing subtracted.
 
     A state says neither its class nor its k nor how atoms are normalised; a JumpSAE alone is known by its thresholds.
+    Archetypal atoms are ``(W C + Relax) exp(multiplier)``, with rows of W that are weights of the points C and rows of
+    Relax no longer than ``delta``. One without an encoder is a pursuit. Where no atom correlates positively with a
+    residual, the library's MpSAE takes a pick of negative value, unweave's ends the row. OMPSAE approximates
+    nonnegative least squares by ``max_iter`` steps (10 if not told otherwise), which unweave solves exactly.
     """
 
     title = "overcomplete"
     checked = "library"
     options: ClassVar[dict[str, str]] = {
-        "arch": "relu, topk or batch_topk: which class the state is of (a JumpSAE is known without)",
-        "k": "features a row, for topk and batch_topk",
+        "arch": "relu, topk, batch_topk, mp or omp: which class the state is of (a JumpSAE is known without)",
+        "k": "features a row, for topk, batch_topk, mp and omp",
         "threshold": "running_threshold, for batch_topk: it is not in the state",
         "normalization": f"of the atoms, {', '.join(_NORMALISATIONS)}; l2 when not given, as in the library",
+        "delta": "of archetypal atoms, how long their Relax may be; 1 when not given, as in the library",
     }
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
@@ -42,28 +50,32 @@ class Overcomplete(Format):
     def inspect(self, checkpoint: Checkpoint, **options: Any) -> Facts:
         tensors = _open(checkpoint)
         arch, missing, notes = options.get("arch"), None, []
-        atoms = tensors.info.get(_ATOMS)
+        archetypal = _ATOMS not in tensors and _RELAX in tensors
+        atoms = tensors.info.get(_RELAX if archetypal else _ATOMS)
+        encodes = any(name.startswith("encoder.") for name in tensors)
         if "thresholds" in tensors:
             arch = "jumprelu"
         if atoms is None:
-            missing = lacking("archetypal", "overcomplete's archetypal dictionary")
+            missing = f"expected atoms in {_ATOMS}, or archetypal ones in {_RELAX}, found neither"
         elif "Q" in tensors:
             missing = lacking("quantised", "overcomplete's QSAE")
         elif any(
             name.startswith(("encoder.mlp_blocks", "encoder.final_block.1", "encoder.attention")) for name in tensors
         ):
             missing = "its encoder is not linear, which unweave has no architecture for"
-        elif not any(name.startswith("encoder.") for name in tensors):
-            missing = lacking("mp", "a state without an encoder (overcomplete's MpSAE or OMPSAE)")
+        elif not encodes and arch not in _PURSUITS:
+            missing = "a state without an encoder is a pursuit, and does not say which: give arch=mp or arch=omp, with k="
         elif arch is None:
             missing = (
                 "a state does not say its class: give arch= (relu, topk with k=, batch_topk with k= and threshold=)"
             )
-        elif arch not in ("relu", "topk", "batch_topk", "jumprelu"):
-            missing = f"overcomplete has no class like {arch!r}: expected relu, topk or batch_topk"
-        elif "topk" in arch and not options.get("k"):
+        elif arch not in ("relu", "topk", "batch_topk", "jumprelu", *_PURSUITS) or (encodes and arch in _PURSUITS):
+            missing = f"overcomplete has no class like {arch!r} with an encoder: expected relu, topk or batch_topk"
+        elif arch in ("topk", "batch_topk", *_PURSUITS) and not options.get("k"):
             missing = "k is not in the file: give k="
-        if "normalization" not in options:
+        if arch == "omp":
+            notes.append("least squares are exact here; the library's are as good as its max_iter")
+        if "normalization" not in options and not archetypal:
             notes.append("takes atoms as l2-normalised, the library's default; the file does not say")
         return Facts(
             self.name,
@@ -77,16 +89,24 @@ class Overcomplete(Format):
             missing=missing,
         )
 
-    def parts(self, checkpoint: Checkpoint, **options: Any) -> Parts:
+    def parts(self, checkpoint: Checkpoint, **options: Any) -> Parts | Dictionary:
         tensors = _open(checkpoint)
-        n_features, d = tensors.shape(_ATOMS, 2)
-        atoms = _normalised(tensors.read(_ATOMS, n_features, d), options.get("normalization", "l2"))
+        if _ATOMS in tensors:
+            n_features, d = tensors.shape(_ATOMS, 2)
+            atoms = _normalised(tensors.read(_ATOMS, n_features, d), options.get("normalization", "l2"))
+        else:
+            n_features, d = tensors.shape(_RELAX, 2)
+            atoms = _archetypes(checkpoint, tensors, options.get("delta"))
         atoms = atoms * torch.as_tensor(tensors.number("dictionary.multiplier")).exp()
+        arch, threshold = options.get("arch"), options.get("threshold")
+        if arch in _PURSUITS:
+            pursuit = build(arch, d, n_features, k=options["k"])
+            pursuit.load_state_dict({**pursuit.state_dict(), "W_dec": atoms})
+            return pursuit
         W_enc = atoms.clone()  # tied
         if "encoder.tied_to._weights" not in tensors:
             W_enc = tensors.read(_LINEAR if _LINEAR in tensors else "encoder.weight", n_features, d)
         bias = next((name for name in ("encoder.final_block.0.bias", "encoder.bias") if name in tensors), None)
-        arch, threshold = options.get("arch"), options.get("threshold")
         if "thresholds" in tensors:
             arch, threshold = "jumprelu", tensors.read("thresholds", n_features).exp()
         assert arch is not None
@@ -107,6 +127,20 @@ def _normalised(weights: Tensor, how: str) -> Tensor:
     if how.startswith("max"):
         return weights / weights.norm(p=p, dim=1).max()
     return weights if how == "identity" else F.normalize(weights, p=p, dim=1)
+
+
+def _archetypes(checkpoint: Checkpoint, tensors: Tensors, delta: float | None) -> Tensor:
+    (n_features, d), n_points = tensors.shape(_RELAX, 2), tensors.shape(_POINTS, 2)[0]
+    weights = tensors.read(_WEIGHTS, n_features, n_points).relu()
+    relax = tensors.read(_RELAX, n_features, d)
+    lengths = relax.norm(dim=1, keepdim=True)
+    if delta is None and float(lengths.max()) > 1 + 1e-5:
+        raise UnweaveError(
+            f"{checkpoint.called}: atoms lie up to {float(lengths.max()):.3g} from their archetypes, farther than the "
+            "library's delta of 1, and delta is not in the file: give delta="
+        )
+    relax = relax * ((1.0 if delta is None else delta) / lengths.clamp_min(1e-30)).clamp_max(1)
+    return weights / (weights.sum(1, keepdim=True) + 1e-8) @ tensors.read(_POINTS, n_points, d) + relax
 
 
 def _weights(checkpoint: Checkpoint) -> str | None:

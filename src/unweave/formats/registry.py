@@ -45,12 +45,13 @@ class Format:
         """What headers and settings say."""
         raise NotImplementedError
 
-    def parts(self, checkpoint: Checkpoint, **options: Any) -> Parts:
-        """The weights, and what the library does around them."""
+    def parts(self, checkpoint: Checkpoint, **options: Any) -> Parts | Dictionary:
+        """The weights, and what the library does around them; of what is no one linear layer, the whole dictionary."""
         raise NotImplementedError
 
     def read(self, checkpoint: Checkpoint, **options: Any) -> Dictionary:
-        return fold(self.parts(checkpoint, **options))
+        made = self.parts(checkpoint, **options)
+        return fold(made) if isinstance(made, Parts) else made.eval()
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
         """Write what the library loads.

@@ -6,7 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unweave.dictionaries import Dictionary, names
+import torch
+from torch import Tensor
+
+from unweave.dictionaries import MP, Dictionary, build, names
+from unweave.dictionaries.transcoder import Skip
 from unweave.errors import UnweaveError
 from unweave.files import write_json, write_tensors
 from unweave.formats._checkpoint import Checkpoint
@@ -22,8 +26,9 @@ _VERSION = "6.54.12"  # whose layout is written
 _ARCHITECTURES = {"standard": "relu", "topk": "topk", "abstopk": "abs_topk", "jumprelu": "jumprelu"}
 _ARCHITECTURES |= {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
 _ARCHITECTURES |= {"batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
-_LACKING = {"gated": "gated", "matching_pursuit": "mp", "temporal": "temporal"}
-_LACKING |= {"skip_transcoder": "skip_transcoder", "jumprelu_skip_transcoder": "skip_transcoder with thresholds"}
+_ARCHITECTURES |= {"gated": "gated", "matching_pursuit": "mp"}
+_ARCHITECTURES |= {"skip_transcoder": "skip_transcoder", "jumprelu_skip_transcoder": "jumprelu_skip_transcoder"}
+_TEMPORAL = "its temporal dictionaries read whole sequences, which unweave's 'temporal' does not"
 _PER_ROW = {"layer_norm": "layer_norm", "constant_norm_rescale": "length"}
 _CONTEXT = (
     "context_size",
@@ -42,6 +47,8 @@ class SAELens(Format):
     ``apply_b_dec_to_input`` says whether the encoder subtracts ``b_dec``. With ``rescale_acts_by_decoder_norm`` the
     library acts on ``u ||atom||`` and decodes with unit atoms: the norms go into the codes. BatchTopK and Matryoshka
     dictionaries are written by the library as ``jumprelu`` with one threshold; unfinished ones keep their names.
+    Matching pursuit has no encoder, and no decoder bias either where none is subtracted. The library lets a row make
+    its first pick however small it is; a row that is below ``residual_threshold`` from the start has no code here.
     """
 
     title = "SAELens"
@@ -58,8 +65,8 @@ class SAELens(Format):
         tensors, architecture = checkpoint.tensors(WEIGHTS), config.architecture
         n_features, d_out = tensors.shape("W_dec", 2)
         notes, missing = [], None
-        if architecture in _LACKING:
-            missing = lacking(_LACKING[architecture], f"SAELens's {architecture}")
+        if architecture == "temporal":
+            missing = _TEMPORAL
         elif architecture not in _ARCHITECTURES:
             missing = f"SAELens's architecture {architecture!r} is not known"
         elif config.normalisation in _PER_ROW and config.registered not in names():
@@ -78,7 +85,7 @@ class SAELens(Format):
             d_in=tensors.shape("W_enc", 2)[0] if "W_enc" in tensors else d_out,
             d_out=d_out,
             n_features=n_features,
-            k=config.k,
+            k=config.k if config.registered != "mp" else config.picks(d_out),
             dtype=tensors.info["W_dec"].dtype,
             library_class=architecture,
             model=config.word("model_name"),
@@ -90,10 +97,12 @@ class SAELens(Format):
             missing=missing,
         )
 
-    def parts(self, checkpoint: Checkpoint, norm_scaling_factor: float | None = None) -> Parts:
+    def parts(self, checkpoint: Checkpoint, norm_scaling_factor: float | None = None) -> Parts | Dictionary:
         config = _Config(checkpoint.settings(CONFIG))
         tensors = checkpoint.tensors(WEIGHTS)
-        (n_features, d_out), d_in = tensors.shape("W_dec", 2), tensors.shape("W_enc", 2)[0]
+        n_features, d_out = tensors.shape("W_dec", 2)
+        pursuit = config.registered == "mp"
+        d_in = d_out if pursuit else tensors.shape("W_enc", 2)[0]
         for key, found in (("d_in", d_in), ("d_sae", n_features), ("d_out", d_out)):
             declared = config.settings.get(key, int)
             if declared is not None and declared != found:
@@ -102,11 +111,19 @@ class SAELens(Format):
         if "scaling_factor" in tensors:  # of files finetuned to undo shrinkage: codes are multiplied before decoding
             W_dec = W_dec * tensors.read("scaling_factor", n_features)[:, None]
         scale = 1.0 if norm_scaling_factor is None else float(norm_scaling_factor)
+        if pursuit:
+            return _pursuit(config, W_dec, b_dec, scale)
+        gated = config.architecture == "gated"
+        more = {}
+        if gated:
+            more = {ours: tensors.read(name, n_features) for ours, name in (("log_magnitude", "r_mag"), ("b_mag",) * 2)}
+        if "skip" in config.architecture:
+            more["W_skip"] = tensors.read("W_skip", d_out, d_in).T
         return Parts(
             config.registered,
             tensors.read("W_enc", d_in, n_features).T,
             W_dec,
-            b_enc=tensors.read("b_enc", n_features),
+            b_enc=tensors.read("b_gate" if gated else "b_enc", n_features),
             b_dec=b_dec,
             b_pre=b_dec if config.subtracts else None,
             threshold=self._threshold(config, tensors, n_features),
@@ -114,6 +131,7 @@ class SAELens(Format):
             in_scale=scale,
             out_scale=scale,
             norms="in_codes" if config.settings.get("rescale_acts_by_decoder_norm", bool, False) else "apart",
+            **more,
         )
 
     def _threshold(self, config: _Config, tensors: Any, n_features: int) -> Any:
@@ -124,34 +142,81 @@ class SAELens(Format):
         return tensors.number("topk_threshold") if "batchtopk" in config.architecture else None
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
-        transcodes = dictionary.d_in != dictionary.d_out
-        can = ("relu", "jumprelu") if transcodes else ("relu", "topk", "abs_topk", "jumprelu")
-        p = plain(dictionary, "SAELens's transcoder" if transcodes else "SAELens", *can)
-        named = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "jumprelu": "jumprelu"}
-        architecture = {"relu": "transcoder", "jumprelu": "jumprelu_transcoder"} if transcodes else named
+        if isinstance(dictionary, MP):
+            config, tensors = _written_pursuit(dictionary)
+        else:
+            config, tensors = self._written(dictionary)
         hook = facts.hook or hook_of_site(facts.site)
         metadata = {"sae_lens_version": _VERSION, "model_name": facts.model, "hook_name": hook}
         metadata["hook_name_out"] = hook_of_site(facts.target_site)
-        config = {
-            "architecture": architecture[p.activation],
-            "d_in": p.d_in,
-            "d_sae": p.n_features,
+        config |= {
+            "d_in": dictionary.d_in,
+            "d_sae": dictionary.n_features,
             "dtype": "float32",
             "device": "cpu",
-            "apply_b_dec_to_input": p.subtracts,
             "normalize_activations": "none",
             "reshape_activations": "hook_z" if (hook or "").endswith("hook_z") else "none",
             "metadata": {name: value for name, value in metadata.items() if value is not None},
         }
+        write_tensors(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, config)
+
+    def _written(self, dictionary: Dictionary) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        skips = isinstance(dictionary, Skip)
+        transcodes = skips or dictionary.d_in != dictionary.d_out
+        can = ("relu", "jumprelu", "skip") if transcodes else ("relu", "topk", "abs_topk", "jumprelu", "gated")
+        p = plain(dictionary, "SAELens's transcoder" if transcodes else "SAELens", *can)
+        subtracts = p.subtracts and not transcodes
+        named = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "jumprelu": "jumprelu", "gated": "gated"}
+        kind = "skip_transcoder" if skips else "transcoder"
+        architecture = {"relu": kind, "jumprelu": f"jumprelu_{kind}"} if transcodes else named
+        config: dict[str, Any] = {"architecture": architecture[p.activation], "apply_b_dec_to_input": subtracts}
         if transcodes:
             config["d_out"] = p.d_out
         if p.k is not None:
             config.update(k=p.k, rescale_acts_by_decoder_norm=False)
-        tensors = {"W_enc": p.W_enc.T, "W_dec": p.W_dec, "b_enc": p.b_enc, "b_dec": p.b_dec}
+        b_enc = p.encoder_bias(subtracts, self.title)
+        tensors = {"W_enc": p.W_enc.T, "W_dec": p.W_dec, "b_dec": p.b_dec}
+        if p.log_magnitude is not None:
+            tensors |= {"b_gate": b_enc, "r_mag": p.log_magnitude, "b_mag": p.magnitude_bias(subtracts)}
+        else:
+            tensors["b_enc"] = b_enc
         if p.threshold is not None:
             tensors["threshold"] = p.threshold
-        write_tensors(folder / WEIGHTS, tensors)
-        write_json(folder / CONFIG, config)
+        if p.W_skip is not None:
+            tensors["W_skip"] = p.W_skip.T
+        return config, tensors
+
+
+def _pursuit(config: _Config, W_dec: Tensor, b_dec: Tensor, scale: float) -> Dictionary:
+    n_features, d = W_dec.shape
+    tolerance = config.settings.get("residual_threshold", float, 0.01)
+    dictionary = build(
+        "mp",
+        d,
+        n_features,
+        k=config.picks(d),
+        variant="adaptive" if config.settings.get("stop_on_duplicate_support", bool, True) else "fixed",
+        tolerance=tolerance if tolerance > 0 else None,
+        subtract_bias=config.subtracts,
+    )
+    dictionary.load_state_dict({**dictionary.state_dict(), "W_dec": W_dec, **({"b_dec": b_dec} if config.subtracts else {})})
+    if scale != 1:
+        dictionary.fold_scale(scale)
+    return dictionary
+
+
+def _written_pursuit(dictionary: MP) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    W_dec, b_dec = dictionary.W_dec.detach().float().cpu(), dictionary.b_dec
+    config = {
+        "architecture": "matching_pursuit",
+        "residual_threshold": dictionary.stop_at() or 0.0,
+        "max_iterations": dictionary.config.k,
+        "stop_on_duplicate_support": dictionary.config.variant == "adaptive",
+        "apply_b_dec_to_input": b_dec is not None,
+    }
+    bias = torch.zeros(dictionary.d_in) if b_dec is None else b_dec.detach().float().cpu()
+    return config, {"W_dec": W_dec, "b_dec": bias}
 
 
 class _Config:
@@ -181,6 +246,10 @@ class _Config:
     def k(self) -> float | None:
         return self.settings.get("k", float) or self.settings.section("activation_fn_kwargs").get("k", float)
 
+    def picks(self, d_in: int) -> int:
+        """Of matching pursuit: the most that a row may make."""
+        return self.settings.size("max_iterations") if self.settings.get("max_iterations", int) is not None else d_in
+
     def any(self, name: str) -> Any:
         value = self.metadata.get(name, object)
         return self.settings.get(name, object) if value is None else value
@@ -192,6 +261,8 @@ class _Config:
     def options(self, n_features: int) -> dict[str, Any]:
         how = _PER_ROW.get(self.normalisation)
         standardise = {} if how is None else {"standardise": how}
+        if self.architecture == "skip_transcoder":
+            return {**standardise, "activation": "relu"}
         if "topk" not in self.architecture:
             return standardise
         if self.k is None:

@@ -9,7 +9,7 @@ from unweave.errors import UnweaveError
 from unweave.files import write_json, write_tensors
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts, site_of_module
-from unweave.formats._fold import Parts
+from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.containers import Settings
 from unweave.formats.registry import Format, lacking, register
@@ -23,6 +23,7 @@ class Sparsify(Format):
 
     The encoder subtracts ``b_dec`` unless it transcodes. ``num_latents: 0`` means ``d_in`` times ``expansion_factor``.
     Settings from before ``activation`` may say ``signed``: the k of largest magnitude, of either sign.
+    ``groupmax`` keeps the largest of each of k groups.
     """
 
     title = "sparsify"
@@ -35,12 +36,12 @@ class Sparsify(Format):
         config, tensors = checkpoint.settings(CONFIG), checkpoint.tensors(WEIGHTS)
         n_features, d = _sizes(checkpoint)
         activation, missing = _activation(config), None
-        if "W_skip" in tensors:
-            missing = lacking("skip_transcoder", "a sparsify transcoder with a skip connection")
-        elif activation == "groupmax":
-            missing = lacking("group_max", "sparsify's groupmax")
-        elif activation not in ("topk", "abs_topk"):
+        if activation not in ("topk", "abs_topk", "group_max"):
             missing = f"sparsify's activation {activation!r} is not known"
+        elif "W_skip" in tensors and skip_name(activation) is None:
+            missing = lacking(f"{activation} with a skip", f"sparsify's {activation} with a skip connection")
+        elif "W_skip" in tensors:
+            activation = str(skip_name(activation))
         transcodes = config.get("transcode", bool, False)
         hookpoint = Path(checkpoint.called).name
         run = _run_settings(checkpoint)
@@ -66,7 +67,7 @@ class Sparsify(Format):
         config, tensors = checkpoint.settings(CONFIG), checkpoint.tensors(WEIGHTS)
         n_features, d = _sizes(checkpoint)
         b_dec = tensors.read("b_dec", d)
-        return Parts(
+        parts = Parts(
             _activation(config),
             tensors.read("encoder.weight", n_features, d),
             tensors.read("W_dec", n_features, d),
@@ -75,22 +76,30 @@ class Sparsify(Format):
             b_pre=None if config.get("transcode", bool, False) else b_dec,
             options={"k": config.size("k")},
         )
+        return with_skip(parts, tensors.read("W_skip", d, d).T) if "W_skip" in tensors else parts
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
-        p = plain(dictionary, self.title, "topk")
+        p = plain(dictionary, self.title, "topk", "group_max", "skip")
         if p.d_in != p.d_out or p.n_features < 1:
             raise UnweaveError(f"sparsify wants equal widths of input and output, found {p.d_in} and {p.d_out}")
-        config = {"activation": "topk", "expansion_factor": max(1, p.n_features // p.d_in), "normalize_decoder": True}
-        config |= {"num_latents": p.n_features, "k": p.k, "multi_topk": False, "skip_connection": False}
+        if p.activation == "group_max" and p.n_features % (p.k or 1):
+            raise UnweaveError(f"sparsify wants groups of one size, found {p.n_features} features in {p.k} groups")
+        activation = "groupmax" if p.activation == "group_max" else "topk"
+        config = {"activation": activation, "expansion_factor": max(1, p.n_features // p.d_in), "normalize_decoder": True}
+        config |= {"num_latents": p.n_features, "k": p.k, "multi_topk": False, "skip_connection": p.W_skip is not None}
         config |= {"transcode": not p.subtracts, "d_in": p.d_in}
         tensors = {"encoder.weight": p.W_enc, "encoder.bias": p.b_enc, "W_dec": p.W_dec, "b_dec": p.b_dec}
+        if p.W_skip is not None:
+            tensors["W_skip"] = p.W_skip.T
         write_tensors(folder / WEIGHTS, tensors)
         write_json(folder / CONFIG, config)
 
 
 def _activation(config: Settings) -> str:
     activation = config.get("activation", str, "topk")
-    return "abs_topk" if activation == "topk" and config.get("signed", bool, False) else activation
+    if activation == "topk" and config.get("signed", bool, False):
+        return "abs_topk"
+    return "group_max" if activation == "groupmax" else activation
 
 
 def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:

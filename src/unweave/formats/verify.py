@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.formats._fold import Parts, fold
 from unweave.formats.registry import Format, get, opened, recognise
@@ -70,6 +71,8 @@ def verify(
     measured = _measure(parts, rows, target)
     if _distance(measured, l0, fvu) <= 1:
         return Verdict(*measured, matches=True)
+    if not isinstance(parts, Parts):  # the traps are of matrices that are folded
+        return Verdict(*measured, matches=False)
     tried = [(_distance(_measure(other, rows, target), l0, fvu), trap, other) for trap, other in traps(parts, rows, l0)]
     best = min(tried, key=lambda t: t[0], default=None)
     if best is None or best[0] > 1:
@@ -104,8 +107,8 @@ def traps(parts: Parts, rows: Tensor, l0: float | None) -> Iterator[tuple[str, P
 
 
 @torch.no_grad()
-def _measure(parts: Parts, rows: Tensor, target: Tensor) -> tuple[float, float]:
-    dictionary = fold(parts)
+def _measure(parts: Parts | Dictionary, rows: Tensor, target: Tensor) -> tuple[float, float]:
+    dictionary = fold(parts) if isinstance(parts, Parts) else parts.eval()
     firing, made = 0.0, []
     for chunk in rows.split(1024):
         code = dictionary.encode(chunk)

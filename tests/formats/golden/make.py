@@ -306,7 +306,7 @@ def sparsify() -> None:
 
 def overcomplete() -> None:
     bare("overcomplete")
-    from overcomplete.sae import SAE, BatchTopKSAE, JumpSAE, MpSAE, TopKSAE
+    from overcomplete.sae import OMPSAE, SAE, BatchTopKSAE, JumpSAE, MpSAE, RAJumpSAE, RATopKSAE, TopKSAE
 
     def measure(case: str, module: Any, trained: bool = False, **options: Any) -> None:
         scramble(module, 0.1)
@@ -336,7 +336,15 @@ def overcomplete() -> None:
     for how in ("max_l2", "l1", "max_l1", "identity"):
         module = TopKSAE(D, M, top_k=K, dictionary_params={"normalization": how})
         measure(f"random_{how}", module, arch="topk", k=K, normalization=how)
-    measure("random_mp", MpSAE(D, M, k=K))
+    measure("random_mp", MpSAE(D, M, k=K), arch="mp", k=K)
+    for trained in (False, True):
+        name = "trained" if trained else "random"
+        points = batch(40, 9)
+        measure(f"{name}_archetypal", RATopKSAE(D, M, points=points, top_k=K), trained, arch="topk", k=K)
+        measure(f"{name}_archetypal_jump", RAJumpSAE(D, M, points=points), trained)
+        # With its default of 10 steps the library's least squares are off by a tenth.
+        measure(f"{name}_omp", OMPSAE(D, M, k=K, max_iter=3000), trained, arch="omp", k=K)
+    measure("trained_mp", MpSAE(D, M, k=K), True, arch="mp", k=K)
 
 
 # ---- llamascopium -------------------------------------------------------------------------------------------------
