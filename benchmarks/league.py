@@ -114,7 +114,7 @@ class LanguageModelRows:
         named = {"arch": arch, "n_features": self.n_features, "options": options}
         dictionary = recipe.dictionary.replace(**named)
         training = recipe.training.replace(n_rows=self.n_rows, seed=seed, batch_size=1024)
-        measured = {"tokens": 16_384, "loss_tokens": 4096, "baselines": False, "n_bootstrap": 1}
+        measured = {"tokens": 16_384, "loss_tokens": 2048, "baselines": False, "n_bootstrap": 1}
         assert recipe.evaluation is not None
         recipe = recipe.replace(
             dictionary=dictionary, training=training, evaluation=recipe.evaluation.replace(**measured)
@@ -193,7 +193,7 @@ def measure(arch: str, name: str, data: Any, seeds: list[int], out: Path, rates:
         kept = json.loads(path.read_text()) if path.is_file() else {}
         if kept and kept.get("data", data.words) == data.words:  # of another number of rows it is another result
             return kept["numbers"]
-        extra = (out / "runs" / path.stem,) if isinstance(data, LanguageModelRows) else ()
+        extra = (out / "runs" / f"{arch}-{path.stem}",) if isinstance(data, LanguageModelRows) else ()
         numbers = data.run(arch, options, seed, rate, *extra)
         path.write_text(
             json.dumps({"data": data.words, "options": options, "seed": seed, "rate": rate, "numbers": numbers})
