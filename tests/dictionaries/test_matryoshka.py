@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.dictionaries.toys import parent_child_cosine, tree
+from tests.dictionaries import trees
 
 import unweave.training
 from unweave.dictionaries import TrainingBatch, build
@@ -94,14 +94,20 @@ def test_random_prefixes_follow_their_distribution() -> None:
     assert random_ends(1, 10, 0.5).tolist() == [1]
 
 
-# Over seeds 0 to 4 the mean cosine of a parent with its children, 0 in truth, is 0.16 to 0.38 for BatchTopK and -0.03
-# to 0.08 for random prefixes, which keep general features whole. (Two fixed groups, of the 11 upper features and the 9
-# children: 0.06 to 0.29, lower than BatchTopK in 3 of 5 seeds, and with five times the rows in 4.)
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
-def test_parents_are_kept_apart_from_their_children(seed: int) -> None:
-    atoms, rows = tree(seed, n=8000)
-    settings = {"n_features": 20, "k": 2, "n_rows": 600 * 128, "batch_size": 128, "seed": seed}
-    plain = unweave.training.fit(rows, "batch_topk", **settings)
-    nested = unweave.training.fit(rows, "matryoshka", prefixes="random", n_prefixes=5, **settings)
-    found = [parent_child_cosine(atoms, d.decoder_directions()) for d in (nested, plain)]
-    assert found[0] < found[1] - 0.05
+# Over seeds 0 to 7 the mean cosine of a parent with its children, 0 in truth, is 0.02 to 0.35 for BatchTopK (mean 0.17)
+# and -0.01 to 0.15 for random prefixes (0.04), which keep general features whole; it is lower in seven of the eight.
+# (Two fixed groups, of the 11 upper features and the 9 children, on other draws of this tree: 0.06 to 0.29, lower than
+# BatchTopK in three of five.)
+@pytest.mark.slow
+def test_parents_are_kept_apart_from_their_children() -> None:
+    found = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        atoms = trees.directions(1, generator)
+        rows = trees.rows(8000, atoms, generator)
+        settings = {"n_features": 20, "k": 2, "n_rows": 600 * 128, "batch_size": 128, "seed": seed}
+        plain = unweave.training.fit(rows, "batch_topk", **settings)
+        nested = unweave.training.fit(rows, "matryoshka", prefixes="random", n_prefixes=5, **settings)
+        found.append([trees.measures(d.decoder_directions(), atoms)[1] for d in (nested, plain)])
+    nested_mean, plain_mean = (sum(column) / len(found) for column in zip(*found))
+    assert nested_mean < plain_mean - 0.1
