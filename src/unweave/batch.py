@@ -119,6 +119,15 @@ class ActivationBatch:
         items = Items.of_rows(len(rows), first)
         return ActivationBatch(rows, rows if target is None else target, items, torch.arange(len(rows)), side)
 
+    def of_items(self, first: int, stop: int) -> ActivationBatch:
+        """Items ``first`` to ``stop`` with their rows, as views; a tied target stays tied."""
+        ends = self.items.offsets[[first, stop]]
+        rows = slice(*torch.searchsorted(self.row_token, ends).tolist())
+        chosen = self.input[rows]
+        target = chosen if self.target is self.input else self.target[rows]
+        side = None if self.side is None else self.side[rows]
+        return ActivationBatch(chosen, target, self.items[first:stop], self.row_token[rows] - ends[0], side)
+
     @staticmethod
     def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
         """Several batches, at least one, as one; tied targets stay tied."""

@@ -5,24 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.dictionaries.toys import planted
 from torch import Tensor
 
 import unweave.training
 from unweave.metrics import fvu
 
-D, N_ATOMS, N_ACTIVE = 32, 64, 3
+D, N_ATOMS, N_ACTIVE = 32, 64, 3  # of the planted toy
 # The least mean-max-cosine to accept. Measured over 5 seeds: topk 0.997 to 0.999, batch_topk 0.992 to 0.997, jumprelu
 # 0.991 to 0.997, relu 0.977 to 0.990; a random dictionary scores 0.40.
 EXPECTED = {"topk": 0.98, "batch_topk": 0.98, "jumprelu": 0.98, "relu": 0.95}
-
-
-def planted(seed: int, n: int = 10_000) -> tuple[Tensor, Tensor]:
-    """``(64, 32)`` random unit atoms and ``(n, 32)`` rows, each a sum of 3 atoms with weights from 0.5 to 1.5."""
-    generator = torch.Generator().manual_seed(seed)
-    atoms = F.normalize(torch.randn(N_ATOMS, D, generator=generator), dim=1)
-    active = torch.rand(n, N_ATOMS, generator=generator).topk(N_ACTIVE, 1).indices
-    values = torch.rand(n, N_ACTIVE, generator=generator) + 0.5
-    return atoms, torch.zeros(n, N_ATOMS).scatter_(1, active, values) @ atoms
 
 
 def mean_max_cosine(atoms: Tensor, found: Tensor) -> float:

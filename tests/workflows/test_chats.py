@@ -83,7 +83,7 @@ def _items(batch):
     return batch.items.tokens.split(batch.items.offsets.diff().tolist())
 
 
-def test_wrong_recipes(chat_model, tiny_model, files):
+def test_wrong_recipes(chat_model, tiny_model, files, tmp_path):
     with pytest.raises(UnweaveError, match="expected a data set"):
         recipe_of(chat_model, [])
     with pytest.raises(UnweaveError, match="weight"):
@@ -91,4 +91,4 @@ def test_wrong_recipes(chat_model, tiny_model, files):
     with pytest.raises(UnweaveError, match="'text' or 'chat'"):
         recipe_of(chat_model, "x", "data.format=chats")
     with pytest.raises(UnweaveError, match="no chat template"):
-        Pipeline(recipe_of(tiny_model, str(files / "a.jsonl")), "unused", silent).train()
+        Pipeline(recipe_of(tiny_model, str(files / "a.jsonl")), tmp_path, silent).train()

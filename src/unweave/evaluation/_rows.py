@@ -67,15 +67,7 @@ def cut(batch: ActivationBatch, n: int) -> tuple[ActivationBatch, ActivationBatc
     items = batch.items
     before = torch.searchsorted(batch.row_token, items.offsets)  # rows in front of each item's end
     last = int((before <= n).nonzero()[-1])
-    row, token = int(before[last]), int(items.offsets[last])
-
-    def part(rows: slice, kept: slice, shift: int) -> ActivationBatch:
-        chosen = batch.input[rows]
-        target = chosen if batch.target is batch.input else batch.target[rows]
-        side = None if batch.side is None else batch.side[rows]
-        return ActivationBatch(chosen, target, items[kept], batch.row_token[rows] - shift, side)
-
-    return part(slice(0, row), slice(0, last), 0), part(slice(row, None), slice(last, None), token)
+    return batch.of_items(0, last), batch.of_items(last, len(items))
 
 
 def _take(source: Any, n_rows: int, description: str, progress: bool) -> list[ActivationBatch]:

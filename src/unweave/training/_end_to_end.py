@@ -79,7 +79,7 @@ class ContextStream:
             before = torch.searchsorted(batch.row_token, batch.items.offsets)  # rows in front of each context's end
             wanted = int(before[self._item]) + missing
             stop = min(int(torch.searchsorted(before, wanted)), len(batch.items))
-            part = _contexts(batch, self._item, stop)
+            part = batch.of_items(self._item, stop)
             missing -= part.n_rows
             parts.extend([part] if part.n_rows else [])
             self._item = stop
@@ -264,16 +264,6 @@ def later_sites(model: LanguageModel, site: Site, config: EndToEndConfig) -> lis
 
 def _no_rows() -> UnweaveError:
     return UnweaveError("the source gave no rows: is its data empty, or was every row filtered out?")
-
-
-def _contexts(batch: ActivationBatch, first: int, stop: int) -> ActivationBatch:
-    """Contexts ``first`` to ``stop`` of a batch, with their rows."""
-    ends = batch.items.offsets[[first, stop]]
-    a, b = torch.searchsorted(batch.row_token, ends).tolist()
-    rows = batch.input[a:b]
-    target = rows if batch.target is batch.input else batch.target[a:b]
-    side = None if batch.side is None else batch.side[a:b]
-    return ActivationBatch(rows, target, batch.items[first:stop], batch.row_token[a:b] - ends[0], side)
 
 
 def _rows(batch: ActivationBatch) -> Chunk:
