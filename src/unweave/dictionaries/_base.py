@@ -143,7 +143,9 @@ class Dictionary(nn.Module):
             return {"k": int(l0) if float(l0).is_integer() else l0}
         if "target_l0" in fields:
             return {"target_l0": l0}
-        raise UnweaveError(f"{cls.name} takes no k: its sparsity follows from other options, see `unweave archs {cls.name}`")
+        raise UnweaveError(
+            f"{cls.name} takes no k: its sparsity follows from other options, see `unweave archs {cls.name}`"
+        )
 
     # ---- hooks of the trainer ---------------------------------------------------------------------------------
 

@@ -64,7 +64,9 @@ class Overcomplete(Format):
         ):
             missing = "its encoder is not linear, which unweave has no architecture for"
         elif not encodes and arch not in _PURSUITS:
-            missing = "a state without an encoder is a pursuit, and does not say which: give arch=mp or arch=omp, with k="
+            missing = (
+                "a state without an encoder is a pursuit, and does not say which: give arch=mp or arch=omp, with k="
+            )
         elif arch is None:
             missing = (
                 "a state does not say its class: give arch= (relu, topk with k=, batch_topk with k= and threshold=)"

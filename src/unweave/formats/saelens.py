@@ -200,7 +200,9 @@ def _pursuit(config: _Config, W_dec: Tensor, b_dec: Tensor, scale: float) -> Dic
         tolerance=tolerance if tolerance > 0 else None,
         subtract_bias=config.subtracts,
     )
-    dictionary.load_state_dict({**dictionary.state_dict(), "W_dec": W_dec, **({"b_dec": b_dec} if config.subtracts else {})})
+    dictionary.load_state_dict(
+        {**dictionary.state_dict(), "W_dec": W_dec, **({"b_dec": b_dec} if config.subtracts else {})}
+    )
     if scale != 1:
         dictionary.fold_scale(scale)
     return dictionary

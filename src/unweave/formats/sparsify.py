@@ -85,7 +85,11 @@ class Sparsify(Format):
         if p.activation == "group_max" and p.n_features % (p.k or 1):
             raise UnweaveError(f"sparsify wants groups of one size, found {p.n_features} features in {p.k} groups")
         activation = "groupmax" if p.activation == "group_max" else "topk"
-        config = {"activation": activation, "expansion_factor": max(1, p.n_features // p.d_in), "normalize_decoder": True}
+        config = {
+            "activation": activation,
+            "expansion_factor": max(1, p.n_features // p.d_in),
+            "normalize_decoder": True,
+        }
         config |= {"num_latents": p.n_features, "k": p.k, "multi_topk": False, "skip_connection": p.W_skip is not None}
         config |= {"transcode": not p.subtracts, "d_in": p.d_in}
         tensors = {"encoder.weight": p.W_enc, "encoder.bias": p.b_enc, "W_dec": p.W_dec, "b_dec": p.b_dec}
