@@ -136,8 +136,8 @@ def test_thresholds_beside_a_skip_are_jumprelu_on_what_the_skip_leaves() -> None
     torch.testing.assert_close(found["W_skip"], -2 * x.T @ residual / len(x))
 
 
-# FVU over seeds 0-4: least squares 0.52 to 0.64, jumprelu 0.137 to 0.182, with a skip 0.116 to 0.154, at an L0 of 3.3 to
-# 3.9: the map has 3.8 units on a row, so that of the 8 asked for no more can be used.
+# FVU over seeds 0-4: least squares 0.52 to 0.64, jumprelu 0.137 to 0.182, with a skip 0.116 to 0.154, at an L0 of 3.3
+# to 3.9: the map has 3.8 units on a row, so that of the 8 asked for no more can be used.
 @pytest.mark.parametrize("seed", SEEDS)
 def test_jumprelu_with_a_skip_fits_the_planted_map(seed: int) -> None:
     x, y = maps(seed)

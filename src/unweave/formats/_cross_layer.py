@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +72,12 @@ def layers_of(dictionary: Dictionary, title: str) -> list[Layer]:
         raise UnweaveError(f"{title} holds cross-layer transcoders, this is a {dictionary.name!r} dictionary")
     if dictionary.config.activation == "topk":
         raise UnweaveError(f"{title} cannot express the activation 'topk' of this dictionary; it has relu and jumprelu")
-    dictionary.complete()
-    n, jumps = dictionary.n_parts, dictionary.config.activation == "jumprelu"
-    W_enc, b_enc, b_dec = (getattr(dictionary, name).float().cpu().chunk(n) for name in ("W_enc", "b_enc", "b_dec"))
-    thresholds = dictionary.log_threshold.exp().float().cpu().chunk(n) if jumps else [None] * n
+    clt: Any = dictionary
+    clt.complete()
+    n, jumps = clt.n_parts, clt.config.activation == "jumprelu"
+    W_enc, b_enc, b_dec = (getattr(clt, name).float().cpu().chunk(n) for name in ("W_enc", "b_enc", "b_dec"))
+    thresholds = clt.log_threshold.exp().float().cpu().chunk(n) if jumps else [None] * n
     return [
         Layer(W_enc[i], b_enc[i], b_dec[i], W_dec.float().cpu().unflatten(1, (n - i, -1)), thresholds[i])
-        for i, W_dec in enumerate(dictionary.W_dec)
+        for i, W_dec in enumerate(clt.W_dec)
     ]

@@ -1,8 +1,9 @@
-"""dictionary_learning's crosscoders, those of its fork for comparing models: ``CrossCoder``, ``BatchTopKCrossCoder``."""
+"""dictionary_learning's crosscoders, of its fork for comparing models: ``CrossCoder`` and ``BatchTopKCrossCoder``."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,22 +91,22 @@ class Crosscoders(Format):
                 f"{self.title} cannot express a {dictionary.name!r} dictionary; it has crosscoder and "
                 "batch_topk_crosscoder"
             )
-        assert isinstance(dictionary, Crosscoder | BatchTopKCrosscoder)
         if dictionary.d_in != dictionary.d_out:
             raise UnweaveError(f"{self.title} read what they write, found widths {dictionary.d_in}, {dictionary.d_out}")
-        dictionary.complete()
-        n, d = dictionary.n_parts, dictionary.d_in // dictionary.n_parts
+        coder: Any = dictionary
+        coder.complete()
+        n, d = coder.n_parts, coder.d_in // coder.n_parts
         W_enc, W_dec, b_enc, b_dec = (
-            t.detach().float().cpu() for t in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
+            t.detach().float().cpu() for t in (coder.W_enc, coder.W_dec, coder.b_enc, coder.b_dec)
         )
-        config = {"activation_dim": d, "dict_size": dictionary.n_features, "num_layers": n}
+        config = {"activation_dim": d, "dict_size": coder.n_features, "num_layers": n}
         extra: dict[str, Tensor] = {"code_normalization_id": torch.tensor(_RANKED)}
-        if isinstance(dictionary, BatchTopKCrosscoder):
-            if float(dictionary.threshold) < 0:
+        if isinstance(coder, BatchTopKCrosscoder):
+            if float(coder.threshold) < 0:
                 raise UnweaveError("this dictionary has no threshold yet: train it for at least a step")
-            config["k"] = dictionary.config.k
-            extra["k"] = torch.tensor(int(dictionary.config.k), dtype=torch.int32)
-            extra["threshold"] = dictionary.threshold.float().cpu() * _count_norms_alike(dictionary, self.title)
+            config["k"] = coder.config.k
+            extra["k"] = torch.tensor(int(coder.config.k), dtype=torch.int32)
+            extra["threshold"] = coder.threshold.float().cpu() * _count_norms_alike(coder, self.title)
         tensors = {
             "encoder.weight": W_enc.unflatten(1, (n, d)).permute(1, 2, 0),
             "encoder.bias": b_enc,
@@ -116,9 +117,9 @@ class Crosscoders(Format):
         write_json(folder / CONFIG, config | {"code_normalization": _NORMALISATIONS[_RANKED]})
 
 
-def _count_norms_alike(dictionary: BatchTopKCrosscoder, title: str) -> float:
+def _count_norms_alike(coder: Any, title: str) -> float:
     """What the threshold has to be multiplied with there, where norms count as they are."""
-    rms = dictionary.part_rms
+    rms = coder.part_rms
     if float((rms.max() - rms.min()) / rms.max()) > 1e-5:
         raise UnweaveError(
             f"{title} cannot express this dictionary: it ranks features by norms in units of each part's typical norm "
