@@ -100,13 +100,124 @@ def test_gemma_scope_2(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
     assert (facts.format, facts.model, facts.site) == ("gemma-scope-2", "gemma-v3-1b-pt", "layers.9")
 
 
-def test_gemma_scope_2_with_what_unweave_lacks(tmp_path: Path, w: dict[str, Tensor]) -> None:
-    save_gemma_2(folder(tmp_path, "a"), w, affine_skip_connection=torch.zeros(D, D))
-    with pytest.raises(UnweaveError, match="affine skip connection needs the architecture"):
-        formats.load(tmp_path / "a")
-    save_gemma_2(folder(tmp_path, "b"), w | {"W_dec": torch.zeros(M, 3, D)})
-    with pytest.raises(UnweaveError, match="cross-layer transcoder needs the architecture 'clt'"):
-        formats.load(tmp_path / "b")
+def test_gemma_scope_2_with_an_affine_skip(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
+    place, W_skip = folder(tmp_path, "transcoder/layer_9_width_16k_l0_small_affine"), torch.randn(D, D)
+    save_gemma_2(place, w, affine_skip_connection=W_skip)
+    u = x @ w["W_enc"].T + w["b_enc"]
+    z = u * (u > w["theta"])
+    facts = same(place, x, z, z @ w["W_dec"] + w["b_dec"] + x @ W_skip)
+    assert facts.architecture == "jumprelu_skip_transcoder"
+
+
+# ---- cross-layer transcoders: three layers, each with M features ----------------------------------------------------
+
+N = 3
+
+
+def layers(seed: int = 5) -> list[dict[str, Tensor]]:
+    """What each layer reads with, its threshold, and what it writes into all layers, earlier ones too."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"W_enc": (M, D), "W_dec": (M, N, D), "b_enc": (M,), "b_dec": (D,), "theta": (M,)}
+    made = [{name: torch.randn(*size, generator=g) for name, size in sizes.items()} for _ in range(N)]
+    return [layer | {"theta": layer["theta"].abs() + 0.2} for layer in made]
+
+
+def crossed(made: list[dict[str, Tensor]], x: Tensor, jumps: bool) -> tuple[Tensor, Tensor]:
+    """Codes and outputs of ``(n, N, D)`` rows, layers side by side, from the definition."""
+    codes, out = [], [w["b_dec"].expand(len(x), D).clone() for w in made]
+    for i, w in enumerate(made):
+        u = x[:, i] @ w["W_enc"].T + w["b_enc"]
+        codes.append(u * (u > (w["theta"] if jumps else 0)))
+        for j in range(i, N):
+            out[j] += codes[i] @ w["W_dec"][:, j]
+    return torch.cat(codes, 1), torch.cat(out, 1)
+
+
+def same_layers(place: Path, jumps: bool) -> formats.Facts:
+    x = torch.randn(40, N, D, generator=torch.Generator().manual_seed(6))
+    code, output = crossed(layers(), x, jumps)
+    dictionary = formats.load(place)
+    with torch.no_grad():
+        torch.testing.assert_close(dictionary.encode(x.flatten(1)).dense(), code, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dictionary(x.flatten(1)), output, rtol=1e-4, atol=1e-4)
+    facts = formats.inspect(place)
+    assert (facts.d_in, facts.d_out, facts.n_features, facts.architecture) == (N * D, N * D, N * M, "clt")
+    return facts
+
+
+def test_gemma_scope_2_across_layers(tmp_path: Path) -> None:
+    place = folder(tmp_path, "clt/width_262k_l0_big")
+    for i, w in enumerate(layers()):
+        tensors = {"w_enc": w["W_enc"].T.contiguous(), "w_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+        save_file({**tensors, "threshold": w["theta"]}, place / f"params_layer_{i}.safetensors")
+    assert same_layers(place, True).format == "gemma-scope-2-clt"
+    with pytest.raises(UnweaveError, match="one layer of a cross-layer transcoder: name the folder"):
+        formats.load(place / "params_layer_1.safetensors")
+    (place / "params_layer_1.safetensors").rename(place / "params_layer_7.safetensors")
+    with pytest.raises(UnweaveError, match=r"the layers from 0 on, found those of \[0, 2, 7\]"):
+        formats.load(place)
+    save_file(
+        {**tensors, "threshold": w["theta"], "affine_skip_connection": w["W_enc"]}, place / "params_layer_0.safetensors"
+    )
+    with pytest.raises(UnweaveError, match="affine skip needs the architecture 'clt with a skip'"):
+        formats.load(place)
+
+
+@pytest.mark.parametrize("jumps", [False, True])
+def test_circuit_tracer_across_layers(tmp_path: Path, jumps: bool) -> None:
+    for i, w in enumerate(layers()):
+        tensors = {f"{name}_{i}": w[name] for name in ("W_enc", "b_enc", "b_dec")}
+        save_file(tensors | ({f"threshold_{i}": w["theta"]} if jumps else {}), tmp_path / f"W_enc_{i}.safetensors")
+        save_file({f"W_dec_{i}": w["W_dec"][:, i:].contiguous()}, tmp_path / f"W_dec_{i}.safetensors")
+    (tmp_path / "config.yaml").write_text("model_name: google/gemma-2-2b\nfeature_input_hook: hook_resid_mid\n")
+    facts = same_layers(tmp_path, jumps)
+    assert (facts.format, facts.model) == ("circuit-tracer-clt", "google/gemma-2-2b")
+    (tmp_path / "W_enc_2.safetensors").unlink()
+    with pytest.raises(UnweaveError, match=r"write \(24, 2, 8\) as layer 0 does.*is a file of a layer missing"):
+        formats.load(tmp_path)
+
+
+# ---- crosscoders: two parts -----------------------------------------------------------------------------------------
+
+
+def save_crosscoder(place: Path, w: dict[str, Tensor], **more: Tensor) -> tuple[Tensor, Tensor]:
+    """The files, and the matrices as the library has them: ``(2, D, M)`` and ``(2, M, D)``."""
+    W_enc = torch.stack([w["W_enc"].T, -0.5 * w["W_dec"].T])
+    W_dec = torch.stack([w["W_dec"], 0.3 * w["W_enc"]])
+    tensors = {"encoder.weight": W_enc, "encoder.bias": w["b_enc"], "decoder.weight": W_dec}
+    save_file({**tensors, "decoder.bias": torch.stack([w["b_dec"], -w["b_dec"]]), **more}, place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps({"activation_dim": D, "dict_size": M, "num_layers": 2}))
+    return W_enc, W_dec
+
+
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_crosscoders(tmp_path: Path, w: dict[str, Tensor], threshold: float | None) -> None:
+    ranked = {} if threshold is None else {"k": torch.tensor(K), "threshold": torch.tensor(threshold)}
+    W_enc, W_dec = save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(1), **ranked)
+    x = torch.randn(40, 2, D, generator=torch.Generator().manual_seed(1))
+    z = (torch.einsum("bld,ldf->bf", x, W_enc) + w["b_enc"]).relu()
+    if threshold is not None:
+        z = z * (z * W_dec.norm(dim=2).sum(0) > threshold)
+    output = torch.einsum("bf,lfd->bld", z, W_dec) + torch.stack([w["b_dec"], -w["b_dec"]])
+    dictionary = formats.load(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(dictionary.encode(x.flatten(1)).dense(), z, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dictionary(x.flatten(1)), output.flatten(1), rtol=1e-4, atol=1e-5)
+    facts = formats.inspect(tmp_path)
+    assert (facts.format, facts.d_in, facts.architecture) == ("crosscoder", 2 * D, dictionary.name)
+
+
+def test_crosscoders_that_select_in_another_way(tmp_path: Path, w: dict[str, Tensor]) -> None:
+    k, threshold = torch.tensor(K), torch.tensor(1.5)
+    save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(2), k=k, threshold=threshold)
+    with pytest.raises(UnweaveError, match="the norms of SAE selects in another way"):
+        formats.load(tmp_path)
+    save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(1), k=k, threshold=-threshold)
+    with pytest.raises(UnweaveError, match="threshold was never set"):
+        formats.load(tmp_path)
+    save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(5))
+    with pytest.raises(UnweaveError, match="DECOUPLED"):
+        formats.load(tmp_path)
 
 
 @pytest.mark.parametrize("norms", [(3.0, 3.0), (3.0, 0.7)])
@@ -220,9 +331,30 @@ def test_circuit_tracer(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None
     save_file(tensors | {"activation_function.threshold": -w["theta"]}, tmp_path / "layer_2.safetensors")
     with pytest.raises(UnweaveError, match="thresholds of 0 or more"):
         formats.load(tmp_path / "layer_2.safetensors")
-    save_file(tensors | {"W_skip": torch.zeros(D, D)}, tmp_path / "layer_2.safetensors")
-    with pytest.raises(UnweaveError, match="skip_transcoder"):
-        formats.load(tmp_path / "layer_2.safetensors")
+    W_skip = torch.randn(D, D)
+    output = x @ W_skip.T + w["b_dec"]
+    save_file(tensors | {"W_skip": W_skip}, tmp_path / "layer_2.safetensors")
+    facts = same(tmp_path / "layer_2.safetensors", x, u.relu(), u.relu() @ w["W_dec"] + output)
+    assert facts.architecture == "skip_transcoder"
+    save_file(
+        tensors | {"W_skip": W_skip, "activation_function.threshold": w["theta"]}, tmp_path / "layer_2.safetensors"
+    )
+    facts = same(tmp_path / "layer_2.safetensors", x, z, z @ w["W_dec"] + output)
+    assert facts.architecture == "jumprelu_skip_transcoder"
+
+
+def test_circuit_tracer_topk(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
+    tensors = {"W_enc": w["W_enc"], "W_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    z = topk(x @ w["W_enc"].T + w["b_enc"])
+    save_file(tensors | {"k": torch.tensor(K)}, tmp_path / "layer_2.safetensors")
+    assert same(tmp_path, x, z, z @ w["W_dec"] + w["b_dec"]).k == K
+    save_file(tensors, tmp_path / "layer_2.safetensors")
+    (tmp_path / "config.yaml").write_text("activation: topk\n")
+    with pytest.raises(UnweaveError, match="k is not in the file: give k="):
+        formats.load(tmp_path)
+    same(tmp_path, x, z, z @ w["W_dec"] + w["b_dec"], k=K)
+    (tmp_path / "config.yaml").write_text(f"activation: topk\nk: {K}\n")
+    same(tmp_path, x, z, z @ w["W_dec"] + w["b_dec"])
 
 
 def sparsify(place: Path, w: dict[str, Tensor], **config: object) -> None:
@@ -238,6 +370,30 @@ def test_sparsify_with_the_settings_of_before(tmp_path: Path, w: dict[str, Tenso
     z = torch.zeros_like(u).scatter(1, best, u.gather(1, best))
     facts = same(tmp_path, x, z, z @ w["W_dec"] + w["b_dec"])
     assert facts.architecture == "abs_topk"
+
+
+def test_sparsify_of_groups_with_a_skip_is_refused(tmp_path: Path, w: dict[str, Tensor]) -> None:
+    sparsify(tmp_path, w, activation="groupmax", transcode=True)
+    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    save_file(tensors | {"W_skip": torch.ones(D, D)}, tmp_path / "sae.safetensors")
+    with pytest.raises(UnweaveError, match="group_max with a skip"):
+        formats.load(tmp_path)
+
+
+def test_saelens_pursuits_of_scaled_rows(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
+    """Codes, and the residual at which a row is done, are those of scaled rows; here without a decoder bias."""
+    scale, atoms = 0.2, torch.nn.functional.normalize(w["W_dec"], dim=1)
+    save_file({"W_dec": atoms, "b_dec": w["b_dec"]}, tmp_path / "sae_weights.safetensors")
+    config = {"architecture": "matching_pursuit", "d_in": D, "d_sae": M, "apply_b_dec_to_input": False}
+    config |= {"residual_threshold": 0.3, "stop_on_duplicate_support": False}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    left, z = scale * x, torch.zeros(len(x), M)
+    for _ in range(D):  # as many picks as dimensions, where the file does not say
+        value, at = (left @ atoms.T).max(1)
+        value = value * (left.norm(dim=1) > 0.3)
+        z.scatter_add_(1, at[:, None], value[:, None])
+        left = left - value[:, None] * atoms[at]
+    same(tmp_path, x, z / scale, z / scale @ atoms, norm_scaling_factor=scale)
 
 
 def test_saelens_that_was_finetuned_against_shrinkage(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:

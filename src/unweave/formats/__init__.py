@@ -1,6 +1,8 @@
 """Other libraries' checkpoints: recognised by their content, read into unweave's dictionaries, written again."""
 
 from unweave.formats import circuit_tracer as circuit_tracer
+from unweave.formats import circuit_tracer_clt as circuit_tracer_clt
+from unweave.formats import crosscoders as crosscoders
 from unweave.formats import dictionary_learning as dictionary_learning
 from unweave.formats import gemma_scope as gemma_scope
 from unweave.formats import hypothesaes as hypothesaes

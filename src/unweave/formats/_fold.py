@@ -120,11 +120,12 @@ def fold(parts: Parts) -> Dictionary:
     dictionary = build(parts.architecture, d_in, n_features, d_out, **options)
     state = dictionary.state_dict()
     state.update({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec})
-    for name, value in (("log_magnitude", gain.log()), ("b_mag", b_mag), ("W_skip", parts.W_skip)):
+    skip = None if parts.W_skip is None else parts.W_skip * (into / out)
+    for name, value in (("log_magnitude", gain.log()), ("b_mag", b_mag), ("W_skip", skip)):
         if (name in state) != (getattr(parts, name) is not None):
             raise UnweaveError(f"{parts.architecture} {'needs' if name in state else 'has no place for'} {name}")
-        if name in state:
-            state[name] = value * (into / out) if name == "W_skip" else value
+        if name in state and value is not None:
+            state[name] = value
     if threshold is not None:
         _set_threshold(state, threshold, parts.architecture)
     dictionary.load_state_dict({name: value.to(dictionary.state_dict()[name].dtype) for name, value in state.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
     if not isinstance(dictionary, LinearDictionary):
         raise UnweaveError(f"{title} cannot express a {dictionary.name!r} dictionary: its encoder is not linear")
     rule = dictionary.eval().rule()
-    k, threshold, more = None, None, {}
+    k, threshold = None, None
+    more: dict[str, Any] = {}
     if isinstance(dictionary, Gated):
         activation, more = "gated", {"log_magnitude": dictionary.log_magnitude, "b_mag": dictionary.b_mag}
     elif isinstance(dictionary, GroupMax):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
+import torch
 import yaml
 
 from unweave.dictionaries import Dictionary
@@ -12,10 +14,10 @@ from unweave.errors import UnweaveError
 from unweave.files import write_tensors, write_text
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
-from unweave.formats._fold import Parts
+from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.containers import Settings, Tensors
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 _KEYS = {"W_enc", "W_dec", "b_enc", "b_dec"}
 _THRESHOLD = "activation_function.threshold"
@@ -24,9 +26,14 @@ _NAME = re.compile(r"layer_(\d+)\.safetensors")
 
 @register("circuit-tracer")
 class CircuitTracer(Format):
-    """``W_enc (F, d)``, ``W_dec (F, d_out)``, biases, a threshold for JumpReLU, else ReLU; nothing is subtracted."""
+    """``W_enc (F, d)``, ``W_dec (F, d_out)``, biases, a skip ``W_skip (d_out, d)``; nothing is subtracted.
+
+    A threshold makes it JumpReLU, a ``k`` in the file or ``activation: topk`` in its settings TopK; else it is ReLU.
+    Of the k largest the library lets negative values through, unweave does not.
+    """
 
     title = "circuit-tracer"
+    options: ClassVar[dict[str, str]] = {"k": "of TopK, where neither file nor config.yaml says it"}
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(".safetensors")
@@ -35,20 +42,21 @@ class CircuitTracer(Format):
         info = checkpoint.tensors(name).info
         return 0.85 if info["W_enc"].shape[:1] == info["b_enc"].shape else None
 
-    def inspect(self, checkpoint: Checkpoint) -> Facts:
+    def inspect(self, checkpoint: Checkpoint, k: int | None = None) -> Facts:
         tensors, config = self._open(checkpoint)
         (n_features, d_in), d_out = tensors.shape("W_enc", 2), tensors.shape("W_dec", 2)[1]
         layer = _NAME.fullmatch(checkpoint.weights(".safetensors") or "")
-        missing = None
-        if "W_skip" in tensors:
-            needed = "skip_transcoder with thresholds" if _THRESHOLD in tensors else "skip_transcoder"
-            missing = lacking(needed, "a transcoder with a skip connection")
+        activation, missing = _activation(tensors, config), None
+        if activation == "topk":
+            k = _k(tensors, config, k)
+            missing = None if k else "k is not in the file: give k="
         return Facts(
             self.name,
-            "jumprelu" if _THRESHOLD in tensors else "relu",
+            str(skip_name(activation)) if "W_skip" in tensors else activation,
             d_in,
             d_out,
             n_features,
+            k=k if activation == "topk" else None,
             dtype=tensors.info["W_enc"].dtype,
             model=config.get("model_name", str),
             target_site=f"layers.{layer[1]}.mlp" if layer else None,
@@ -56,25 +64,27 @@ class CircuitTracer(Format):
             missing=missing,
         )
 
-    def parts(self, checkpoint: Checkpoint) -> Parts:
-        tensors, _ = self._open(checkpoint)
+    def parts(self, checkpoint: Checkpoint, k: int | None = None) -> Parts:
+        tensors, config = self._open(checkpoint)
         (n_features, d_in), d_out = tensors.shape("W_enc", 2), tensors.shape("W_dec", 2)[1]
-        threshold = None
-        if _THRESHOLD in tensors:
+        activation, threshold = _activation(tensors, config), None
+        if activation == "jumprelu":
             raw = tensors[_THRESHOLD].flatten()
             threshold = tensors.number(_THRESHOLD) if len(raw) == 1 else raw
             if float(raw.min()) < 0:  # the library would let negative values through
                 raise UnweaveError(
                     f"{checkpoint.called}: expected thresholds of 0 or more, found {float(raw.min()):.3g}"
                 )
-        return Parts(
-            "relu" if threshold is None else "jumprelu",
+        parts = Parts(
+            activation,
             tensors.read("W_enc", n_features, d_in),
             tensors.read("W_dec", n_features, d_out),
             b_enc=tensors.read("b_enc", n_features),
             b_dec=tensors.read("b_dec", d_out),
             threshold=threshold,
+            options={"k": _k(tensors, config, k)} if activation == "topk" else {},
         )
+        return with_skip(parts, tensors.read("W_skip", d_out, d_in).T) if "W_skip" in tensors else parts
 
     def _open(self, checkpoint: Checkpoint) -> tuple[Tensors, Settings]:
         name = checkpoint.weights(".safetensors") or checkpoint.names[0]
@@ -82,11 +92,15 @@ class CircuitTracer(Format):
         return checkpoint.tensors(name), config
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
-        p = plain(dictionary, self.title, "relu", "jumprelu")
+        p = plain(dictionary, self.title, "relu", "topk", "jumprelu", "skip")
         b_enc = p.encoder_bias(False, self.title)
         tensors = {"W_enc": p.W_enc, "W_dec": p.W_dec, "b_enc": b_enc, "b_dec": p.b_dec}
         if p.threshold is not None:
             tensors[_THRESHOLD] = p.threshold
+        if p.k is not None:
+            tensors["k"] = torch.tensor(p.k)
+        if p.W_skip is not None:
+            tensors["W_skip"] = p.W_skip.T
         layer = re.search(r"layers\.(\d+)", facts.target_site or facts.site or "")
         name = f"layer_{layer[1] if layer else 0}.safetensors"
         config = {
@@ -95,5 +109,18 @@ class CircuitTracer(Format):
             "feature_input_hook": facts.hook or "mlp.hook_in",
         }
         config |= {"feature_output_hook": "mlp.hook_out", "transcoders": [name]}
+        if p.k is not None:
+            config |= {"activation": "topk", "k": p.k}
         write_tensors(folder / name, tensors)
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def _activation(tensors: Tensors, config: Settings) -> str:
+    declared = config.get("activation", str)
+    if declared in ("topk", "relu"):
+        return declared
+    return "jumprelu" if _THRESHOLD in tensors else "topk" if "k" in tensors else "relu"
+
+
+def _k(tensors: Tensors, config: Settings, said: int | None) -> int | None:
+    return said or (int(tensors.number("k")) if "k" in tensors else config.get("k", int))

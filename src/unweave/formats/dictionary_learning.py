@@ -56,6 +56,8 @@ class DictionaryLearning(Format):
         if checkpoint.file is not None and not checkpoint.file.name.endswith((".pt", ".pth", ".bin")):
             return None
         keys = checkpoint.keys(name)
+        if name and "encoder.weight" in keys and len(checkpoint.tensors(name).info["encoder.weight"].shape) != 2:
+            return None  # a crosscoder
         declared = checkpoint.quiet_settings(CONFIG).get("trainer", object)
         if name and isinstance(declared, dict) and "dict_class" in declared and any(k <= keys for k in _KEYS.values()):
             return 0.95

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from unweave.dictionaries import Dictionary
+from unweave.errors import UnweaveError
 from unweave.files import atomic_path
 from unweave.formats._checkpoint import Checkpoint
+from unweave.formats._cross_layer import Layer, cross_layer
 from unweave.formats._facts import Facts, site_of_module
 from unweave.formats._fold import Parts, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.containers import Settings, Tensors
-from unweave.formats.registry import Format, register
+from unweave.formats.registry import Format, lacking, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
@@ -112,6 +114,66 @@ class GemmaScope2(_GemmaScope):
             context={"L0": config.get("l0", object)},
             missing=missing,
         )
+
+
+@register("gemma-scope-2-clt")
+class GemmaScope2CLT(Format):
+    """One file a layer in one folder, as for its transcoders, but for ``w_dec (F, n_layers, d)``.
+
+    Features of layer i write into the layers from i on; what is stored for those before is left out, as circuit-tracer
+    does. (Its own reader stops before the last layer, which leaves that one out as well.)
+    """
+
+    title = "Gemma Scope 2's CLT"
+
+    def recognise(self, checkpoint: Checkpoint) -> float | None:
+        if checkpoint.file is not None:
+            return None
+        keys = checkpoint.keys(_layers(checkpoint).get(0))
+        return 0.95 if keys >= _KEYS and len(_layers(checkpoint)) > 1 else None
+
+    def inspect(self, checkpoint: Checkpoint) -> Facts:
+        config, layers = _settings(checkpoint), _layers(checkpoint)
+        first = checkpoint.tensors(layers[0])
+        (d, per), width = first.shape("w_enc", 2), first.shape("w_dec", 3)[2]
+        skips, n = _AFFINE in first, len(layers)
+        return Facts(
+            self.name,
+            "clt",
+            d_in=n * d,
+            d_out=n * width,
+            n_features=n * per,
+            dtype=first.info["w_dec"].dtype,
+            model=config.get("model_name", str),
+            hook=config.get("hf_hook_point_in", str),
+            context={"layers": n, "L0": config.get("l0", object)},
+            notes=("rows hold the layers side by side",),
+            missing=lacking("clt with a skip", "a cross-layer transcoder with an affine skip") if skips else None,
+        )
+
+    def parts(self, checkpoint: Checkpoint) -> Dictionary:
+        layers = _layers(checkpoint)
+        if sorted(layers) != list(range(len(layers))):
+            raise UnweaveError(f"{checkpoint.called}: expected the layers from 0 on, found those of {sorted(layers)}")
+        return cross_layer(
+            [_layer(checkpoint.tensors(layers[i]), i, len(layers)) for i in sorted(layers)], checkpoint.called
+        )
+
+
+def _layers(checkpoint: Checkpoint) -> dict[int, str]:
+    found = {name: re.search(r"layer_(\d+)", name) for name in checkpoint.names if name.endswith(".safetensors")}
+    return {int(match[1]): name for name, match in found.items() if match}
+
+
+def _layer(tensors: Tensors, i: int, n: int) -> Layer:
+    (d, per), width = tensors.shape("w_enc", 2), tensors.shape("w_dec", 3)[2]
+    return Layer(
+        tensors.read("w_enc", d, per).T,
+        tensors.read("b_enc", per),
+        tensors.read("b_dec", width),
+        tensors.read("w_dec", per, n, width)[:, i:],
+        tensors.read("threshold", per),
+    )
 
 
 def _open(checkpoint: Checkpoint) -> Tensors:

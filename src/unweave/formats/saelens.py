@@ -114,7 +114,7 @@ class SAELens(Format):
         if pursuit:
             return _pursuit(config, W_dec, b_dec, scale)
         gated = config.architecture == "gated"
-        more = {}
+        more: dict[str, Any] = {}
         if gated:
             more = {ours: tensors.read(name, n_features) for ours, name in (("log_magnitude", "r_mag"), ("b_mag",) * 2)}
         if "skip" in config.architecture:

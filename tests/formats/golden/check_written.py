@@ -38,15 +38,33 @@ def dictionaries() -> dict[str, Dictionary]:
         "batch_topk_untrained": build("batch_topk", D, M, k=K),
         "matryoshka": build("matryoshka", D, M, k=K, group_fractions=(0.25, 0.75)),
         "jumprelu": build("jumprelu", D, M, target_l0=K),
+        "gated": build("gated", D, M),
+        "gated_plain": build("gated", D, M, subtract_bias=False),
+        "group_max": build("group_max", D, M, k=K),
+        "mp": build("mp", D, M, k=K),
+        "mp_adaptive": build("mp", D, M, k=D, variant="adaptive", tolerance=0.5, subtract_bias=True),
+        "skip": build("skip_transcoder", D, M, k=K),
+        "skip_relu": build("skip_transcoder", D, M, activation="relu", subtract_bias=True),
+        "skip_jumprelu": build("jumprelu_skip_transcoder", D, M, target_l0=K),
+        "clt": build("clt", D, M, n_parts=2, k=K),
+        "clt_relu": build("clt", D, M, n_parts=2, activation="relu"),
+        "clt_jumprelu": build("clt", D, M, n_parts=2, activation="jumprelu", k=K),
+        "crosscoder": build("crosscoder", D, M, n_parts=2),
+        "batch_topk_crosscoder": build("batch_topk_crosscoder", D, M, n_parts=2, k=K),
+        "topk_crosscoder": build("topk_crosscoder", D, M, n_parts=2, k=K),
     }
     with torch.no_grad():
         for name, dictionary in made.items():
-            for parameter in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec):
+            for parameter in dictionary.parameters():
                 parameter.add_(0.4 * torch.randn_like(parameter))
-            if name in ("batch_topk", "matryoshka"):
+            if name in ("batch_topk", "matryoshka", "batch_topk_crosscoder"):
                 dictionary.threshold.fill_(0.8)
-            if name == "jumprelu":
+            if "jumprelu" in name:
                 dictionary.log_threshold.copy_(torch.randn(M) * 0.5 - 0.5)
+            if name.startswith("mp"):  # longer atoms make residuals grow
+                dictionary.W_dec.copy_(torch.nn.functional.normalize(dictionary.W_dec, dim=1))
+            if "clt" in name or "crosscoder" in name:  # as in training: parts at scales of their own, of two norms
+                dictionary.in_scales.copy_(torch.tensor([0.5, 2.0]))
     return {name: dictionary.eval() for name, dictionary in made.items()}
 
 
@@ -58,8 +76,7 @@ def saelens(folder: Path) -> tuple[Tensor, Tensor]:
     from sae_lens import SAE
 
     sae = SAE.load_from_disk(folder)
-    code = sae.encode(rows())
-    return code, sae.decode(code)
+    return sae.encode(rows()), sae(rows())
 
 
 def dictionary_learning(folder: Path) -> tuple[Tensor, Tensor]:
@@ -88,11 +105,22 @@ def llamascopium(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 # What each can express; every other dictionary has to be refused.
+PLAIN = {
+    "relu",
+    "relu_subtracting",
+    "topk",
+    "topk_plain",
+    "batch_topk",
+    "batch_topk_untrained",
+    "matryoshka",
+    "jumprelu",
+}
+GATED = {"gated", "gated_plain"}
 LIBRARIES: dict[str, tuple[str, Callable[[Path], tuple[Tensor, Tensor]], set[str]]] = {
-    "saelens": ("sae_lens", saelens, set(dictionaries())),
-    "dictionary_learning": ("dictionary_learning", dictionary_learning, set(dictionaries()) - {"abs_topk"}),
-    "sparsify": ("sparsify", sparsify, {"topk", "topk_plain", "batch_topk_untrained"}),
-    "llamascopium": ("llamascopium", llamascopium, set(dictionaries()) - {"abs_topk"}),
+    "saelens": ("sae_lens", saelens, PLAIN | GATED | {"abs_topk", "mp", "mp_adaptive", "skip_relu", "skip_jumprelu"}),
+    "dictionary_learning": ("dictionary_learning", dictionary_learning, PLAIN | GATED),
+    "sparsify": ("sparsify", sparsify, {"topk", "topk_plain", "batch_topk_untrained", "group_max", "skip"}),
+    "llamascopium": ("llamascopium", llamascopium, PLAIN),
 }
 
 

@@ -139,6 +139,11 @@ def saelens() -> None:
     random("jumprelu_transcoder", "jumprelu_transcoder", d_out=D, apply_b_dec_to_input=False)
     random("skip_transcoder", "skip_transcoder", d_out=D, apply_b_dec_to_input=False)
 
+    random("jumprelu_skip_transcoder", "jumprelu_skip_transcoder", d_out=D, apply_b_dec_to_input=False)
+    pursuit = {"max_iterations": K, "residual_threshold": 0.5}
+    random("matching_pursuit", "matching_pursuit", **pursuit)
+    random("matching_pursuit_repeats", "matching_pursuit", stop_on_duplicate_support=False, **pursuit)
+
     def trained(case: str, architecture: str, **options: Any) -> None:
         kind, config = get_sae_training_class(architecture)
         torch.manual_seed(4)
