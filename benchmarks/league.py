@@ -114,7 +114,7 @@ class LanguageModelRows:
         named = {"arch": arch, "n_features": self.n_features, "options": options}
         dictionary = recipe.dictionary.replace(**named)
         training = recipe.training.replace(n_rows=self.n_rows, seed=seed, batch_size=1024)
-        measured = {"tokens": 16_384, "loss_tokens": 2048, "baselines": False, "n_bootstrap": 1}
+        measured = {"tokens": 4096, "loss_tokens": 1024, "baselines": False, "n_bootstrap": 1}
         assert recipe.evaluation is not None
         recipe = recipe.replace(
             dictionary=dictionary, training=training, evaluation=recipe.evaluation.replace(**measured)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Literal
 
 import pytest
 from typer.testing import CliRunner
 
+import unweave.dictionaries
 from unweave.cli._app import app
-from unweave.dictionaries import names
+from unweave.dictionaries import names, registry
 from unweave.dictionaries.describe import Architecture, describe
 from unweave.dictionaries.topk import TopK, TopKConfig
 from unweave.errors import UnweaveError
@@ -54,6 +57,15 @@ def test_everything_that_ships_is_described(name):
     assert arch.good_for
     missing = [option.name for option in arch.options if not option.meaning]
     assert not missing, f"no meaning in the docstring of {arch.kind.Config.__name__} for {missing}"
+
+
+def test_the_table_of_files_is_complete():
+    """An architecture that its file registers, and no table names, would be known only after somebody imported it."""
+    for module in pkgutil.walk_packages(unweave.dictionaries.__path__, "unweave.dictionaries."):
+        importlib.import_module(module.name)
+    ours = {name for name, kind in registry._REGISTRY.items() if kind.__module__.startswith("unweave.dictionaries.")}
+    assert ours == registry._FILES.keys()
+    assert all(getattr(unweave.dictionaries, name) for name in unweave.dictionaries._HOME)
 
 
 def test_options_take_their_meaning_from_the_docstrings_of_all_their_configs():

@@ -11,6 +11,54 @@ from unweave.errors import UnweaveError, near_names
 D = TypeVar("D", bound=type[Dictionary])
 
 _REGISTRY: dict[str, type[Dictionary]] = {}
+# The package's own, and the file that registers each: importing them all would take as long as all the rest.
+_FILES = {
+    "abs_topk": "abs_topk",
+    "archetypal": "classical",
+    "batch_abs_topk": "batch_abs_topk",
+    "batch_topk": "batch_topk",
+    "batch_topk_crosscoder": "crosscoder",
+    "clt": "clt",
+    "crosscoder": "crosscoder",
+    "feature_choice": "feature_choice",
+    "g_sae": "g_sae",
+    "gated": "gated",
+    "gba": "gba",
+    "group_max": "group_max",
+    "hierarchical_topk": "hierarchical_topk",
+    "ica": "classical",
+    "itda": "itda",
+    "jumprelu": "jumprelu",
+    "jumprelu_skip_transcoder": "transcoder",
+    "kmeans": "classical",
+    "matryoshka": "matryoshka",
+    "matryoshka_jumprelu": "matryoshka",
+    "matryoshka_topk": "matryoshka",
+    "mp": "mp",
+    "multi_topk": "multi_topk",
+    "mutual_choice": "mutual_choice",
+    "nmf": "classical",
+    "omp": "omp",
+    "ort": "ort",
+    "p_anneal": "p_anneal",
+    "pca": "classical",
+    "poly_batch_topk": "poly",
+    "poly_matryoshka": "poly",
+    "poly_topk": "poly",
+    "random": "classical",
+    "relu": "relu",
+    "skip_transcoder": "transcoder",
+    "sklearn_dictionary": "classical",
+    "standardised_relu": "standardised",
+    "standardised_topk": "standardised",
+    "switch": "switch",
+    "temporal": "temporal",
+    "top_afa": "top_afa",
+    "topk": "topk",
+    "topk_crosscoder": "crosscoder",
+    "transcoder": "transcoder",
+    "vsae": "vsae",
+}
 
 
 def register(name: str) -> Any:
@@ -30,8 +78,7 @@ def register(name: str) -> Any:
 
 def names() -> list[str]:
     """The registered architectures."""
-
-    return sorted(_REGISTRY)
+    return sorted({*_FILES, *_REGISTRY})
 
 
 def get(name: str) -> type[Dictionary]:
@@ -40,7 +87,8 @@ def get(name: str) -> type[Dictionary]:
     Raises:
         UnweaveError: for an unknown name, with the near ones.
     """
-    known = names()
+    if name in _FILES and name not in _REGISTRY:
+        importlib.import_module(f"unweave.dictionaries.{_FILES[name]}")
     if name in _REGISTRY:
         return _REGISTRY[name]
     module, separator, attribute = name.partition(":")
@@ -54,7 +102,7 @@ def get(name: str) -> type[Dictionary]:
         if "name" not in vars(kind):
             register(name)(kind)
         return kind
-    raise UnweaveError(f"no architecture {name!r}: {near_names(name, known)}")
+    raise UnweaveError(f"no architecture {name!r}: {near_names(name, names())}")
 
 
 def build(name: str, d_in: int, n_features: int, d_out: int | None = None, **options: Any) -> Dictionary:
