@@ -1,4 +1,4 @@
-"""``unweave inspect`` and ``unweave convert`` on other libraries' checkpoints, in one process for speed."""
+"""``unweave inspect``, ``convert`` and ``verify`` on other libraries' checkpoints, in one process for speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def call(*arguments: object) -> str:
     ("case", "words"),
     [
         ("saelens/topk", ["saelens", "topk", "24", "gpt2", "layers.3", "loads"]),
-        ("saelens/gated", ["gated", "no: SAELens's gated needs the architecture"]),
+        ("saelens/gated", ["gated", "loads", "yes"]),
+        ("saelens/jumprelu_layer_norm", ["no: jumprelu with normalize_activations = 'layer_norm' needs"]),
         ("sparsify/random/layers.3", ["sparsify", "model", "unknown"]),
         ("dictionary_learning/trained_BatchTopKSAE/ae.pt", ["dictionary_learning", "batch_topk"]),
     ],
@@ -71,3 +72,23 @@ def test_a_run_is_converted(tmp_path: Path) -> None:
     with torch.no_grad():
         found = unweave.load(tmp_path / "out")(rows)
         torch.testing.assert_close(found, unweave.load(tmp_path / "run" / "dictionary")(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_verify_compares_and_names_the_site(tmp_path: Path) -> None:
+    rows = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    dictionary = unweave.fit(rows, arch="batch_topk", n_features=16, k=2, epochs=2, batch_size=64)
+    unweave.formats.write(dictionary, "saelens", tmp_path / "sae")
+    for name, some in (("here", rows), ("before", 0.3 * rows.roll(1, dims=1))):
+        unweave.harvest(unweave.ArraySource(some), tmp_path / name, n_rows=400)
+    with torch.no_grad():
+        l0 = float(dictionary.encode(rows).l0().float().mean())
+    command = ["verify", tmp_path / "sae", "--l0", l0, "--rows", 400, "--store"]
+    shown = call(*command, tmp_path / "here")
+    assert "as declared" in shown
+    assert f"{l0:.4g}" in shown
+    wrong = [str(a) for a in (*command, tmp_path / "before", "--other", tmp_path / "here")]
+    result = CliRunner().invoke(app, wrong)
+    assert result.exit_code == 1
+    assert "not as declared: the rows are of another site" in result.output
+    with pytest.raises(UnweaveError, match="something to compare with"):
+        call("verify", tmp_path / "sae", "--store", tmp_path / "here")

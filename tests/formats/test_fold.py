@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.formats import Parts, fold
+from unweave.formats._fold import with_skip
 
 D, M, K = 6, 15, 4
 ACTIVATIONS = ("relu", "topk", "abs_topk", "batch_topk", "jumprelu", "matryoshka")
@@ -80,6 +83,41 @@ def test_the_fold_changes_nothing(architecture: str, change: str) -> None:
     assert 0 < code.nnz < 50 * M
     assert float((code.dense() - expected_code).norm() / expected_code.norm()) < 1e-5
     assert float((output - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c != "raw threshold"])
+def test_the_fold_changes_nothing_of_a_gate(change: str) -> None:
+    g = torch.Generator().manual_seed(5)
+    gain, b_mag = (torch.randn(M, generator=g) for _ in range(2))
+    p = parts("gated", log_magnitude=gain, b_mag=b_mag, **CHANGES[change])
+    x = 2 * torch.randn(50, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
+    zero, n = torch.zeros(1, dtype=torch.float64), p.W_dec.double().norm(dim=1)
+    b_pre, b_enc, b_dec = (zero if b is None else b.double() for b in (p.b_pre, p.b_enc, p.b_dec))
+    raw = (p.in_scale * x - b_pre) @ p.W_enc.double().T
+    z = (raw + b_enc > 0) * (gain.double().exp() * raw + b_mag).relu()
+    output = (z @ p.W_dec.double() + b_dec) / p.out_scale
+    code = z * n if p.norms == "in_codes" else z
+    dictionary = fold(p)
+    with torch.no_grad():
+        found = dictionary.encode(x).dense()
+        assert float((found - code / p.out_scale).norm() / code.norm() * p.out_scale) < 1e-5
+        assert float((dictionary(x) - output).norm() / output.norm()) < 1e-5
+    assert 0 < int((found != 0).sum()) < found.numel()
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
+def test_the_fold_scales_a_skip(architecture: str) -> None:
+    plain = parts(architecture, b_pre=None, in_scale=0.31, out_scale=4.2)
+    W_skip = torch.randn(D, D, generator=torch.Generator().manual_seed(5))
+    x = 2 * torch.randn(50, D, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        expected = fold(plain)(x) + 0.31 * x @ W_skip / 4.2
+        found = fold(with_skip(plain, W_skip))
+        torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnweaveError, match="relu has no place for W_skip"):
+        fold(replace(parts("relu"), W_skip=W_skip))
+    with pytest.raises(UnweaveError, match="gated needs log_magnitude"):
+        fold(parts("gated"))
 
 
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu"])

@@ -153,13 +153,15 @@ def test_gemma_scope_2_across_layers(tmp_path: Path) -> None:
     assert same_layers(place, True).format == "gemma-scope-2-clt"
     with pytest.raises(UnweaveError, match="one layer of a cross-layer transcoder: name the folder"):
         formats.load(place / "params_layer_1.safetensors")
-    (place / "params_layer_1.safetensors").rename(place / "params_layer_7.safetensors")
-    with pytest.raises(UnweaveError, match=r"the layers from 0 on, found those of \[0, 2, 7\]"):
-        formats.load(place)
+    with pytest.raises(UnweaveError, match=r"the layers from 0 on, found those of \[\]"):
+        formats.inspect(tmp_path, format="gemma-scope-2-clt")
     save_file(
         {**tensors, "threshold": w["theta"], "affine_skip_connection": w["W_enc"]}, place / "params_layer_0.safetensors"
     )
     with pytest.raises(UnweaveError, match="affine skip needs the architecture 'clt with a skip'"):
+        formats.load(place)
+    (place / "params_layer_1.safetensors").rename(place / "params_layer_7.safetensors")
+    with pytest.raises(UnweaveError, match=r"the layers from 0 on, found those of \[0, 2, 7\]"):
         formats.load(place)
 
 
@@ -172,6 +174,13 @@ def test_circuit_tracer_across_layers(tmp_path: Path, jumps: bool) -> None:
     (tmp_path / "config.yaml").write_text("model_name: google/gemma-2-2b\nfeature_input_hook: hook_resid_mid\n")
     facts = same_layers(tmp_path, jumps)
     assert (facts.format, facts.model) == ("circuit-tracer-clt", "google/gemma-2-2b")
+    if jumps:
+        save_file(tensors | {"threshold_2": w["theta"][:3].clone()}, tmp_path / "W_enc_2.safetensors")
+        with pytest.raises(UnweaveError, match="expected 24 thresholds in layer 2, found 3"):
+            formats.load(tmp_path)
+        save_file(tensors | {"threshold_2": -w["theta"]}, tmp_path / "W_enc_2.safetensors")
+        with pytest.raises(UnweaveError, match="thresholds of 0 or more"):
+            formats.load(tmp_path)
     (tmp_path / "W_enc_2.safetensors").unlink()
     with pytest.raises(UnweaveError, match=r"write \(24, 2, 8\) as layer 0 does.*is a file of a layer missing"):
         formats.load(tmp_path)

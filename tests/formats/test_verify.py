@@ -113,6 +113,31 @@ def test_a_k_that_is_missing(rows: Tensor, tmp_path: Path) -> None:
     assert verdict.trap == "k is 4, not 20"
 
 
+def test_rows_of_the_site_next_to_it(right: Path, rows: Tensor, declared: dict[str, float]) -> None:
+    before = rows[:, torch.randperm(D, generator=torch.Generator().manual_seed(1))] * 0.4
+    others = {"layers.2": (before * 2, None), "layers.4": (rows, None), "narrow": (rows[:, :3], None)}
+    verdict = verify(right, before, **declared, others=others)
+    assert verdict.trap == "the rows are of another site: it is for those of layers.4"
+    assert verdict.repaired is None
+
+
+def test_features_that_never_fire_are_counted(right: Path, rows: Tensor, declared: dict[str, float]) -> None:
+    assert verify(right, rows, **declared).dead == 0
+    quiet = rows - 2 * ((rows - offset()) @ directions()[0])[:, None].relu() * directions()[0]  # never in direction 0
+    assert verify(right, quiet, l0=2.8).dead == pytest.approx(1 / D)
+
+
+def test_pursuits_are_measured_and_have_no_traps(rows: Tensor, tmp_path: Path) -> None:
+    dictionary = unweave.fit(rows[:256], "mp", n_features=D, k=3, n_rows=256, subtract_bias=True)
+    with torch.no_grad():
+        dictionary.W_dec.copy_(directions())
+        dictionary.b_dec.copy_(offset())
+    formats.write(dictionary, "saelens", tmp_path / "sae")
+    assert verify(tmp_path / "sae", rows, l0=3, fvu=0.01).matches
+    verdict = verify(tmp_path / "sae", rows, l0=9)
+    assert (verdict.matches, verdict.trap) == (False, None)
+
+
 def test_what_no_trap_explains_is_said_to_be_wrong(right: Path, rows: Tensor, declared: dict[str, float]) -> None:
     other = rows[:, torch.randperm(D, generator=torch.Generator().manual_seed(1))] * 3  # another site altogether
     verdict = verify(right, other, **declared)

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from unweave.cli import archs, convert, demo, doctor, evaluate, export, harvest, index, inspect, open, sweep, train
+from unweave.cli import (
+    archs,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    harvest,
+    index,
+    inspect,
+    open,
+    sweep,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="unweave",
@@ -27,6 +41,7 @@ for name, verb in {
     "export": export.export,
     "inspect": inspect.inspect,
     "convert": convert.convert,
+    "verify": verify.verify,
     "archs": archs.archs,
     "doctor": doctor.doctor,
 }.items():

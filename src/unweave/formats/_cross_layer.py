@@ -45,7 +45,11 @@ def cross_layer(layers: Sequence[Layer], called: str) -> Dictionary:
                 f"{called}: expected layer {i} of {n} to read {(per, d)} and write {expected} as layer 0 does, found "
                 f"{tuple(layer.W_enc.shape)} and {found}; is a file of a layer missing?"
             )
-        if layer.threshold is not None and float(layer.threshold.min()) < 0:
+        if layer.threshold is None:
+            continue
+        if layer.threshold.shape != (per,):
+            raise UnweaveError(f"{called}: expected {per} thresholds in layer {i}, found {layer.threshold.numel()}")
+        if float(layer.threshold.min()) < 0:  # the library would let negative values through
             raise UnweaveError(f"{called}: expected thresholds of 0 or more, found {float(layer.threshold.min()):.3g}")
     options = {"activation": "jumprelu", "k": min(32, n * per)} if jumps else {"activation": "relu"}
     dictionary = build("clt", n * d, n * per, n * d_out, n_parts=n, **options)

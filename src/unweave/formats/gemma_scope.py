@@ -133,7 +133,7 @@ class GemmaScope2CLT(Format):
         return 0.95 if keys >= _KEYS and len(_layers(checkpoint)) > 1 else None
 
     def inspect(self, checkpoint: Checkpoint) -> Facts:
-        config, layers = _settings(checkpoint), _layers(checkpoint)
+        config, layers = _settings(checkpoint), _all_layers(checkpoint)
         first = checkpoint.tensors(layers[0])
         (d, per), width = first.shape("w_enc", 2), first.shape("w_dec", 3)[2]
         skips, n = _AFFINE in first, len(layers)
@@ -152,9 +152,7 @@ class GemmaScope2CLT(Format):
         )
 
     def parts(self, checkpoint: Checkpoint) -> Dictionary:
-        layers = _layers(checkpoint)
-        if sorted(layers) != list(range(len(layers))):
-            raise UnweaveError(f"{checkpoint.called}: expected the layers from 0 on, found those of {sorted(layers)}")
+        layers = _all_layers(checkpoint)
         return cross_layer(
             [_layer(checkpoint.tensors(layers[i]), i, len(layers)) for i in sorted(layers)], checkpoint.called
         )
@@ -163,6 +161,13 @@ class GemmaScope2CLT(Format):
 def _layers(checkpoint: Checkpoint) -> dict[int, str]:
     found = {name: re.search(r"layer_(\d+)", name) for name in checkpoint.names if name.endswith(".safetensors")}
     return {int(match[1]): name for name, match in found.items() if match}
+
+
+def _all_layers(checkpoint: Checkpoint) -> dict[int, str]:
+    layers = _layers(checkpoint)
+    if not layers or sorted(layers) != list(range(len(layers))):
+        raise UnweaveError(f"{checkpoint.called}: expected the layers from 0 on, found those of {sorted(layers)}")
+    return layers
 
 
 def _layer(tensors: Tensors, i: int, n: int) -> Layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ class Verdict:
     """What was measured on the rows, beside what was declared.
 
     Attributes:
-        l0, fvu: measured: features per row, and the fraction of variance unexplained.
+        l0, fvu, dead: measured: features per row, the fraction of variance unexplained, and the share of features
+            that fire on no row.
         matches: whether they are near what was declared.
         trap: what explains the difference, in words; None where nothing does, or nothing has to.
         repaired: the checkpoint with that put right, to ``fold``; None likewise.
@@ -30,6 +31,7 @@ class Verdict:
 
     l0: float
     fvu: float
+    dead: float
     matches: bool
     trap: str | None = None
     repaired: Parts | None = None
@@ -42,6 +44,7 @@ def verify(
     *,
     l0: float | None = None,
     fvu: float | None = None,
+    others: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
     format: str | None = None,
     **options: Any,
 ) -> Verdict:
@@ -52,7 +55,8 @@ def verify(
 
     Args:
         rows: ``(n, d_in)``, raw. target: ``(n, d_out)`` of a transcoder. l0, fvu: declared, on its card or by its
-            maker; at least one. format, options: as for :func:`unweave.formats.load`.
+            maker; at least one. others: rows and targets of other sites by name, on which it is tried where it does
+            not do here what it should. format, options: as for :func:`unweave.formats.load`.
 
     Raises:
         UnweaveError: when nothing is declared, or the checkpoint cannot be loaded.
@@ -71,9 +75,14 @@ def verify(
     measured = _measure(parts, rows, target)
     if _distance(measured, l0, fvu) <= 1:
         return Verdict(*measured, matches=True)
-    if not isinstance(parts, Parts):  # the traps are of matrices that are folded
-        return Verdict(*measured, matches=False)
-    tried = [(_distance(_measure(other, rows, target), l0, fvu), trap, other) for trap, other in traps(parts, rows, l0)]
+    tried: list[tuple[float, str, Parts | None]] = []
+    for name, (instead, goal) in (others or {}).items():
+        if instead.shape[1] == rows.shape[1]:
+            there = _measure(parts, instead, instead if goal is None else goal)
+            tried.append((_distance(there, l0, fvu), f"the rows are of another site: it is for those of {name}", None))
+    if isinstance(parts, Parts):  # the other traps are of matrices that are folded
+        for trap, other in traps(parts, rows, l0):
+            tried.append((_distance(_measure(other, rows, target), l0, fvu), trap, other))
     best = min(tried, key=lambda t: t[0], default=None)
     if best is None or best[0] > 1:
         return Verdict(*measured, matches=False)
@@ -107,17 +116,18 @@ def traps(parts: Parts, rows: Tensor, l0: float | None) -> Iterator[tuple[str, P
 
 
 @torch.no_grad()
-def _measure(parts: Parts | Dictionary, rows: Tensor, target: Tensor) -> tuple[float, float]:
+def _measure(parts: Parts | Dictionary, rows: Tensor, target: Tensor) -> tuple[float, float, float]:
     dictionary = fold(parts) if isinstance(parts, Parts) else parts.eval()
-    firing, made = 0.0, []
+    firing, made, fired = 0.0, [], torch.zeros(dictionary.n_features, dtype=torch.bool)
     for chunk in rows.split(1024):
         code = dictionary.encode(chunk)
         firing += float(code.l0().sum())
+        fired[code.indices[code.values != 0].long()] = True
         made.append(dictionary(chunk))
-    return firing / max(1, len(rows)), float(fvu(target.float(), torch.cat(made)))
+    return firing / max(1, len(rows)), float(fvu(target.float(), torch.cat(made))), float((~fired).float().mean())
 
 
-def _distance(measured: tuple[float, float], l0: float | None, declared: float | None) -> float:
+def _distance(measured: tuple[float, float, float], l0: float | None, declared: float | None) -> float:
     """1 is as far as what still counts as near."""
     from_l0 = 0.0 if l0 is None else abs(measured[0] - l0) / max(0.2 * l0, 0.5)
     return max(from_l0, 0.0 if declared is None else (measured[1] - declared) / 0.05)
