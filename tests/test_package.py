@@ -22,7 +22,7 @@ HEAVY = ("transformers", "fastapi", "pyarrow", "sklearn", "scipy", "jinja2", "pa
 
 
 def test_import_costs_at_most_torch_and_a_little():
-    """Processor time, so that a busy machine does not count; the smallest of several tries: torch alone, then unweave."""
+    """Processor time, which a busy machine does not stretch; the smallest of several tries."""
     script = (
         "import time, sys; import torch; t = time.process_time(); import unweave; "
         "unweave.SparseCode, unweave.UnweaveError, unweave.load, unweave.Dictionary; "
