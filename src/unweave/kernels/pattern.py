@@ -41,8 +41,8 @@ class Pattern:
     def is_crowded(self) -> bool:
         """Whether so many entries are set that dense products pay: one in eight.
 
-        About where gathering rows from memory costs a processor as much as multiplying by all of them. A ReLU
-        dictionary starts there; TopK never gets there.
+        About where gathering rows from memory costs a processor as much as multiplying by all of them. A
+        dictionary without a budget may start there.
         """
         return 8 * len(self.indices) > self.n_rows * self.n_features
 

@@ -121,8 +121,8 @@ class EndToEndTrainer(Trainer):
     The model is run with the reconstruction ``y_hat`` in its place, which gives ``g = dL / dy_hat``. A dictionary can
     learn from squared errors, and ``||t - y_hat||^2`` averaged over n rows has exactly this gradient for the target
     ``t = y_hat - n g / 2``. So its own ``loss`` (or closed form), penalties, AuxK and straight-through estimators serve
-    here as they are, and nothing but the dictionary can move. Where a loss is more than one squared error (the prefixes
-    of Matryoshka, an error divided by its variance), all of it pulls towards t.
+    here as they are, and nothing but the dictionary can move. Where a loss is more than one squared error (nested
+    prefixes, an error divided by its variance), all of it pulls towards t.
     """
 
     ring: Any

@@ -1,1 +1,1 @@
-"""Nested reconstructions: every prefix of the features has to explain the target (Matryoshka dictionaries)."""
+"""Nested reconstructions: every prefix of the features has to explain the target."""
