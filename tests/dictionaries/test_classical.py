@@ -213,7 +213,7 @@ def test_archetypal_analysis_finds_the_corners():
         torch.manual_seed(seed)
         x = shares.sample((800,)) @ corners
         dictionary = learnt("archetypal", x, 3, batch=400)
-        archetypes = dictionary.decoder_directions() + dictionary.b_dec
+        archetypes = dictionary.decoder_directions() + dictionary.b_dec.detach()
         assert float(torch.cdist(corners, archetypes).min(1).values.max()) < 0.15
         assert fvu(x, dictionary(x).detach()) < 1e-3
 
