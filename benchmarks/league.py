@@ -265,8 +265,8 @@ def write_table(out: Path, data: dict[str, Any], settings: str) -> None:
         "# The league table",
         "",
         f"{today}, {_machine(machine)}. {settings}",
-        "Mean ± half a 95 % interval over seeds (Student's t: with three seeds it is wide). Seconds were taken on one or",
-        "two threads of a busy machine: they tell slow from fast, and no more. Sorted by FVU.",
+        "Mean ± half a 95 % interval over seeds (Student's t: with three seeds it is wide). Seconds were taken on one",
+        "or two threads of a busy machine: they tell slow from fast, and no more. Sorted by FVU.",
         "`python benchmarks/league.py --help` says how it is made. Short runs: they say which methods",
         "get far with little, and not how billions of tokens would end.",
     ]
