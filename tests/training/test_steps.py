@@ -327,3 +327,18 @@ def test_double_precision_with_dead_features() -> None:
     x = rows(N).double()
     _, values = stepper.run(TrainingBatch(x, x, torch.arange(M) < 20, 0.5), 1e-3, 0.5)
     assert values["auxk"] > 0
+
+
+def test_training_does_not_mind_where_gradients_are_off() -> None:
+    trained = []
+    for off in (False, True):
+        torch.manual_seed(0)
+        dictionary = dictionaries.build("topk", D, M, k=4)
+        with torch.set_grad_enabled(not off):
+            train(
+                dictionary,
+                RowStream(ArraySource(rows(512))),
+                TrainingConfig(n_rows=512, batch_size=128, engine="autograd"),
+            )
+        trained.append(dictionary.W_dec.detach().clone())
+    assert torch.equal(*trained)

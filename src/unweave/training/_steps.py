@@ -44,7 +44,8 @@ class AutogradStep:
             Diverged: when one of them is not finite.
         """
         self._rate(lr)
-        loss = self.dictionary.loss(batch)
+        with torch.enable_grad():  # whoever calls may have turned gradients off
+            loss = self.dictionary.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         self.dictionary.before_step()
