@@ -165,7 +165,7 @@ def test_what_a_pursuit_cannot_do_is_refused() -> None:
 
 # 1500 to 6000 steps of 200 rows at the authors' rate. Measured over 4 seeds at cosines 0, 0.1 and 0.4 within a level:
 # MMCS 1.000 and a cosine below 0.0001 in 10 of 12 after 3000 steps, and in the other two (seed 3) after 6000. Not every
-# run gets there: that of cosine 0.4 and seed 0 does in 3000 and in 4500 steps, and in 6000 ends at 0.947, an atom short.
+# run gets there: cosine 0.4 with seed 0 does in 3000 and in 4500 steps, and in 6000 it ends at 0.947, an atom short.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("level", "seed", "n_steps"),
