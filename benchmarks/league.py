@@ -62,8 +62,8 @@ NOTES: dict[str, str] = {
     "top_afa": "it matches the rows' lengths with far more features than were planted; its loss does not count them.",
     "vsae": "at the default beta of 1 it reconstructs badly; docs/proofs.md says at which beta its means collapse.",
     "gba": "its L0 follows from the frequencies it is given (here the defaults), so it is not at the L0 of the others.",
-    "feature_choice": "the paper reports a better reconstruction than TopK's; that holds on the synthetic worlds, and on "
-    "the language model it is a little behind.",
+    "feature_choice": "the paper reports a better reconstruction than TopK's; that holds on the synthetic worlds, and "
+    "on the language model it is a little behind.",
     "switch": "a row may use the features of one expert alone, which costs much where there are few features.",
     "batch_abs_topk": "it reconstructs worse than abs_topk on the language model; why is not known yet.",
     "jumprelu": "in so short a run it ends below the L0 it was asked for on the language model and on the trees.",
