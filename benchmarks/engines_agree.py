@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unweave.activations import ActivationStore, RowStream
 from unweave.dictionaries import build
-from unweave.metrics import fvu
+from unweave.evaluation import evaluate
 from unweave.sources import ArraySource
 from unweave.training import TrainingConfig, train
 
@@ -29,16 +29,9 @@ ENGINES = ("autograd", "reference", "cpu", "cpu+screen", "autograd, moved 1", "a
 OPTIONS: dict[str, dict[str, Any]] = {"jumprelu": {"target_l0": 32.0}, "relu": {}}
 
 
-@torch.no_grad()
 def measured(dictionary: Any, rows: Tensor) -> dict[str, float]:
-    made = [dictionary.encode(part) for part in rows.split(4096)]
-    recon = torch.cat([dictionary.decode(code) for code in made])
-    counts = sum(code.firing_counts() for code in made)
-    return {
-        "fvu": float(fvu(rows, recon)),
-        "dead_share": float((counts == 0).double().mean()),
-        "l0": sum(code.nnz for code in made) / len(rows),
-    }
+    found = evaluate(dictionary, ArraySource(rows), n_rows=len(rows), baselines=False, n_bootstrap=0, progress=False)
+    return {name: found[name] for name in ("fvu", "dead_share", "l0")}
 
 
 def summarise(found: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ docs/league.md and docs/league.json, from which `python docs/architectures.py` f
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -30,8 +31,8 @@ from unweave import dictionaries
 from unweave.activations import ActivationStore, RowStream
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
+from unweave.evaluation import Evaluation, evaluate
 from unweave.evaluation.synthetic import Hierarchy, SyntheticConfig, SyntheticSource, recover
-from unweave.metrics import fvu
 from unweave.runs.provenance import environment
 from unweave.runs.recipe import Recipe
 from unweave.training import TrainingConfig, train
@@ -87,15 +88,16 @@ class Synthetic:
         source = SyntheticSource(self.config.replace(seed=seed))
         dictionary = _built(arch, source.d_in, self.config.n_features, options, seed)
         batch = 512
-        config = TrainingConfig(
-            n_rows=self.n_rows, batch_size=batch, seed=seed, ring_rows=16 * batch, lr=_rate(dictionary, rate)
-        )
+        config = TrainingConfig(n_rows=self.n_rows, batch_size=batch, seed=seed, ring_rows=16 * batch)
+        if rate != 1:
+            config = config.replace(lr=dictionary.default_lr() * config.lr_boost * rate)
         started = time.perf_counter()
         trained = train(dictionary, RowStream(source, seed=seed), config).dictionary
         seconds = time.perf_counter() - started
-        rows = source.held_out().sample(16_384).rows
+        fresh = source.held_out(16_384)
+        measured = evaluate(trained, fresh, n_rows=16_384, baselines=False, n_bootstrap=0, progress=False)
         found = recover(trained, source)
-        return {**_reconstruction(trained, rows), **{n: found[n] for n in _RECOVERY}, "seconds": seconds}
+        return _columns(measured) | {n: found[n] for n in _RECOVERY} | {"seconds": seconds}
 
     def anchors(self, seed: int) -> dict[str, dict[str, float]]:
         """What the oracles and random atoms get."""
@@ -141,27 +143,18 @@ class LanguageModelRows:
         run.train()
         seconds = time.perf_counter() - started
         measured = run.evaluate()
-        renamed = {"fvu": "fvu", "l0": "l0", "dead_share": "dead", "ce_loss_recovered": "ce_recovered"}
-        return {ours: measured[theirs] for theirs, ours in renamed.items()} | {"seconds": seconds}
+        return _columns(measured) | {"seconds": seconds}
+
+
+def _columns(measured: Evaluation) -> dict[str, float]:
+    """What an evaluation has of the table's columns."""
+    renamed = {"fvu": "fvu", "l0": "l0", "dead_share": "dead", "ce_loss_recovered": "ce_recovered"}
+    return {ours: measured[theirs] for theirs, ours in renamed.items() if theirs in measured.metrics}
 
 
 def _built(arch: str, d: int, n_features: int, options: dict[str, Any], seed: int) -> Dictionary:
     torch.manual_seed(seed)
     return dictionaries.build(arch, d, n_features, **options)
-
-
-def _rate(dictionary: Dictionary, factor: float) -> float | None:
-    return None if factor == 1 else dictionary.default_lr() * factor
-
-
-@torch.no_grad()
-def _reconstruction(dictionary: Dictionary, rows: torch.Tensor) -> dict[str, float]:
-    parts = rows.split(2048)
-    codes = [dictionary.encode(part) for part in parts]
-    made = torch.cat([dictionary.reconstruct(part, code) for part, code in zip(parts, codes)])
-    fired = torch.stack([code.firing_counts() for code in codes]).sum(0)
-    l0 = float(fired.sum()) / len(rows)
-    return {"fvu": float(fvu(rows, made)), "l0": l0, "dead": float((fired == 0).double().mean())}
 
 
 # ---- one architecture ----------------------------------------------------------------------------------------------
@@ -198,7 +191,7 @@ def measure(arch: str, name: str, data: Any, seeds: list[int], out: Path, rates:
 
     def once(options: dict[str, Any], seed: int, rate: float) -> dict[str, float]:
         key = json.dumps([options, seed, rate], sort_keys=True)
-        path = folder / f"{abs(_digest(key)):x}.json"
+        path = folder / f"{_digest(key)}.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}
         if kept and kept.get("data", data.words) == data.words:  # of another number of rows it is another result
             return kept["numbers"]
@@ -217,10 +210,8 @@ def measure(arch: str, name: str, data: Any, seeds: list[int], out: Path, rates:
     (folder / "chosen.json").write_text(json.dumps(chosen, indent=1))
 
 
-def _digest(text: str) -> int:
-    import hashlib
-
-    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------

@@ -124,8 +124,7 @@ class ClosedFormStep(AutogradStep):
 
     def _by_autograd(self, batch: TrainingBatch, lr: float, progress: float) -> tuple[Loss, dict[str, float]]:
         try:
-            with torch.enable_grad():
-                return super().run(batch, lr, progress)
+            return super().run(batch, lr, progress)
         finally:
             self.work.forget()
 
