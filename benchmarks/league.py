@@ -66,7 +66,6 @@ NOTES: dict[str, str] = {
     "feature_choice": "the paper reports a better reconstruction than TopK's; that holds on the synthetic worlds, and "
     "on the language model it is a little behind.",
     "switch": "a row may use the features of one expert alone, which costs much where there are few features.",
-    "batch_abs_topk": "it reconstructs worse than abs_topk on the language model; why is not known yet.",
     "jumprelu": "in so short a run it ends below the L0 it was asked for on the language model and on the trees.",
 }
 COLUMNS = {"fvu": 3, "l0": 1, "dead": 3, "ce_recovered": 3, "mmcs": 3, "mcc": 3, "recall": 3, "uniqueness": 3}

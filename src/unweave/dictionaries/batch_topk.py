@@ -53,10 +53,13 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def observe(self, loss: Loss, progress: float) -> None:
         assert loss.code is not None
-        if loss.code.nnz == 0:
-            return
+        if loss.code.nnz:
+            self.follow(loss.code.values.min())
+
+    def follow(self, smallest: Tensor) -> None:
+        """Move the threshold towards what was the smallest one kept in a batch."""
         rate = max(self.config.threshold_rate, 5 / (5 + int(self.n_updates)))
-        self.threshold.lerp_(loss.code.values.min().to(self.threshold.dtype), rate)
+        self.threshold.lerp_(smallest.to(self.threshold.dtype), rate)
         self.n_updates.add_(1)
 
     @torch.no_grad()
