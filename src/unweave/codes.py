@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.files import read_tensors, write_tensors
+from unweave.kernels.backend import fastest
 from unweave.kernels.pattern import Pattern, concatenate
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class SparseCode:
 
     def firing_counts(self) -> Tensor:
         """``(n_features,)`` int64, in how many rows each feature fires."""
-        return torch.bincount(self.indices[self.values != 0].long(), minlength=self.n_features)
+        return fastest(self.values).csc.counts(self.indices, self.values, self.n_features)
 
     # ---- other forms ------------------------------------------------------------------------------------------
 

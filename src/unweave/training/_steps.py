@@ -17,6 +17,7 @@ from unweave.dictionaries._closed_form import Factors, Gradients
 from unweave.dictionaries._linear import SPOKEN_FOR, LinearDictionary
 from unweave.kernels.adam.reference import AdamStep, Rows
 from unweave.kernels.backend import serves
+from unweave.kernels.threads import serial
 from unweave.kernels.workspace import Plan, Workspace
 
 _TORCH_CLIP_EPS = 1e-6  # torch adds it to the norm it divides by; so do we
@@ -118,7 +119,8 @@ class ClosedFormStep(AutogradStep):
         values["grad_norm"] = float(norm)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.dense[name].mul_(scale) if name in gradients.dense else None
-        self.optimizer.step()
+        with serial(max(gradients.dense.values(), key=Tensor.numel)):
+            self.optimizer.step()
         dictionary.observe(loss, progress)
         return loss, values
 

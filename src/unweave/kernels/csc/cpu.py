@@ -28,6 +28,19 @@ def _csc(rows, indices, starts, sorted_rows, order):
     starts[0] = 0
 
 
+@jit
+def _counts(indices, values, out):
+    for e in range(len(indices)):
+        out[indices[e]] += values[e] != 0
+
+
+def counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:
+    """As :func:`unweave.kernels.csc.reference.counts`, for float32 values."""
+    out = torch.zeros(n_features, dtype=torch.long)
+    _counts(array(indices), array(values), array(out))
+    return out
+
+
 def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
     starts = torch.zeros(n_features + 1, dtype=torch.long)
     sorted_rows, order = torch.empty_like(rows), torch.empty(len(indices), dtype=torch.long)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unweave.kernels.csc.reference import Columns
+from unweave.kernels.csc.reference import counts as counts
 
 _SHORT = 1 << 15
 

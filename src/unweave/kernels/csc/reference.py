@@ -16,6 +16,11 @@ class Columns(NamedTuple):
     order: Tensor  # (nnz,) int64, entry numbers in column order
 
 
+def counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:
+    """``(n_features,)`` int64, how many entries of each feature have a value other than 0."""
+    return torch.bincount(indices[values != 0].long(), minlength=n_features)
+
+
 def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
     order = torch.argsort(indices, stable=True)
     starts = torch.zeros(n_features + 1, dtype=torch.long, device=indices.device)
