@@ -174,7 +174,8 @@ def test_compiled_columns_are_those_of_a_stable_sort(shape, cpu):
     for ours, truth in zip(*(o.csc.csc(p.pattern.rows, shuffled, shape[2]) for o in (cpu, REFERENCE))):
         assert torch.equal(ours, truth)
     counts = [o.csc.counts(shuffled, p.values, shape[2]) for o in (cpu, REFERENCE)]
-    assert torch.equal(*counts) and int(counts[0].sum()) == int((p.values != 0).sum())
+    assert torch.equal(*counts)
+    assert int(counts[0].sum()) == int((p.values != 0).sum())
 
 
 @needs_numba
