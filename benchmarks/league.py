@@ -40,7 +40,7 @@ from unweave.training import TrainingConfig, train
 from unweave.workflows.pipeline import Pipeline
 
 DOCS = Path(__file__).parent.parent / "docs"
-# Options from which an architecture's L0 follows: penalties, and the target of one that comes near it in long runs only.
+# Options from which an architecture's L0 follows: penalties, and the target of one that only long runs come near to.
 SEARCHED = {
     "relu": "l1_coefficient",
     "standardised_relu": "l1_coefficient",
