@@ -28,7 +28,10 @@ _ARCHITECTURES |= {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
 _ARCHITECTURES |= {"batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
 _ARCHITECTURES |= {"gated": "gated", "matching_pursuit": "mp"}
 _ARCHITECTURES |= {"skip_transcoder": "skip_transcoder", "jumprelu_skip_transcoder": "jumprelu_skip_transcoder"}
-_TEMPORAL = "its temporal dictionaries read whole sequences, which unweave's 'temporal' does not"
+_TEMPORAL = (
+    "its temporal dictionaries predict a row by attention over all rows before it and encode what is left, so a row "
+    "alone has no code; unweave's 'temporal' is another method"
+)
 _PER_ROW = {"layer_norm": "layer_norm", "constant_norm_rescale": "length"}
 _CONTEXT = (
     "context_size",
@@ -154,7 +157,6 @@ class SAELens(Format):
             "d_sae": dictionary.n_features,
             "dtype": "float32",
             "device": "cpu",
-            "normalize_activations": "none",
             "reshape_activations": "hook_z" if (hook or "").endswith("hook_z") else "none",
             "metadata": {name: value for name, value in metadata.items() if value is not None},
         }
@@ -164,13 +166,15 @@ class SAELens(Format):
     def _written(self, dictionary: Dictionary) -> tuple[dict[str, Any], dict[str, Tensor]]:
         skips = isinstance(dictionary, Skip)
         transcodes = skips or dictionary.d_in != dictionary.d_out
-        can = ("relu", "jumprelu", "skip") if transcodes else ("relu", "topk", "abs_topk", "jumprelu", "gated")
+        whole = ("relu", "topk", "abs_topk", "jumprelu", "gated", "standardise")
+        can = ("relu", "jumprelu", "skip") if transcodes else whole
         p = plain(dictionary, "SAELens's transcoder" if transcodes else "SAELens", *can)
         subtracts = p.subtracts and not transcodes
         named = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "jumprelu": "jumprelu", "gated": "gated"}
         kind = "skip_transcoder" if skips else "transcoder"
         architecture = {"relu": kind, "jumprelu": f"jumprelu_{kind}"} if transcodes else named
         config: dict[str, Any] = {"architecture": architecture[p.activation], "apply_b_dec_to_input": subtracts}
+        config["normalize_activations"] = next((n for n, how in _PER_ROW.items() if how == p.standardise), "none")
         if transcodes:
             config["d_out"] = p.d_out
         if p.k is not None:
@@ -212,6 +216,7 @@ def _written_pursuit(dictionary: MP) -> tuple[dict[str, Any], dict[str, Tensor]]
     W_dec, b_dec = dictionary.W_dec.detach().float().cpu(), dictionary.b_dec
     config = {
         "architecture": "matching_pursuit",
+        "normalize_activations": "none",
         "residual_threshold": dictionary.stop_at() or 0.0,
         "max_iterations": dictionary.config.k,
         "stop_on_duplicate_support": dictionary.config.variant == "adaptive",
