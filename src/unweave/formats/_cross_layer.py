@@ -1,4 +1,4 @@
-"""Cross-layer transcoders of other libraries: one matrix to read and one block of atoms to write for every layer."""
+"""Cross-layer transcoders of other libraries, and atoms of one part among several."""
 
 from __future__ import annotations
 
@@ -107,3 +107,10 @@ def layers_of(dictionary: Dictionary, title: str, *can: str) -> list[Layer]:
         Layer(W_enc[i], b_enc[i], b_dec[i], W_dec.float().cpu().unflatten(1, (n - i, -1)), thresholds[i])
         for i, W_dec in enumerate(clt.W_dec)
     ]
+
+
+def one_part(atoms: Tensor, part: int, n: int) -> Tensor:
+    """``(F, n d)``: atoms ``(F, d)`` that write into one of n parts, and 0 into the others."""
+    whole = atoms.new_zeros(len(atoms), n, atoms.shape[1])
+    whole[:, part] = atoms
+    return whole.flatten(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from unweave.dictionaries import Crosscoder, Dictionary, build
 from unweave.errors import UnweaveError
 from unweave.formats._checkpoint import Checkpoint
-from unweave.formats._cross_layer import Layer, cross_layer, layers_of
+from unweave.formats._cross_layer import Layer, cross_layer, layers_of, one_part
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts
 from unweave.formats.containers import Settings, Tensors
@@ -202,13 +202,6 @@ class LlamascopiumCLT(Format):
 
 
 _NAMES = {"in": "hook_resid_mid", "out": "hook_mlp_out"}
-
-
-def one_part(atoms: Tensor, part: int, n: int) -> Tensor:
-    """``(F, n d)``: atoms ``(F, d)`` that write into one of n parts and 0 into the others."""
-    whole = atoms.new_zeros(len(atoms), n, atoms.shape[1])
-    whole[:, part] = atoms
-    return whole.flatten(1)
 
 
 def _hooks(config: Settings, key: str, n: int) -> list[str]:

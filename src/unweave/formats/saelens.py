@@ -192,6 +192,25 @@ class SAELens(Format):
         return config, tensors
 
 
+@register("temporal-sae")
+class TemporalSAE(Format):
+    """The files of those whose temporal dictionaries SAELens has too: recognised, and said not to be loaded."""
+
+    title = "Temporal SAE"
+    _FILES = ("conf.yaml", "latest_ckpt.safetensors")
+
+    def recognise(self, checkpoint: Checkpoint) -> float | None:
+        found = all(checkpoint.find(name) for name in self._FILES)
+        return 0.95 if found and checkpoint.keys(self._FILES[1]) >= {"D", "b"} else None
+
+    def inspect(self, checkpoint: Checkpoint) -> Facts:
+        config, tensors = checkpoint.settings(self._FILES[0]), checkpoint.tensors(self._FILES[1])
+        n_features, d = tensors.shape("D", 2)
+        k = config.section("sae").get("kval_topk", int)
+        dtype = tensors.info["D"].dtype
+        return Facts(self.name, "temporal", d, d, n_features, k=k, dtype=dtype, missing=_TEMPORAL)
+
+
 def _pursuit(config: _Config, W_dec: Tensor, b_dec: Tensor, scale: float) -> Dictionary:
     n_features, d = W_dec.shape
     tolerance = config.settings.get("residual_threshold", float, 0.01)

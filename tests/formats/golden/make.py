@@ -1,6 +1,7 @@
 """Lets the real libraries make dictionaries, and keeps their files with what they compute on a fixed batch.
 
-Run in an environment that has the libraries (any of them; the others' files are left alone)::
+Run in an environment that has the libraries (any of them; the others' files are left alone); ``make_parts.py`` does the
+same for more of them::
 
     python tests/formats/golden/make.py [LIBRARY ...]
 
@@ -304,6 +305,8 @@ def sparsify() -> None:
     measure("random_transcoder", num_latents=M, transcode=True)
     measure("random_skip_transcoder", num_latents=M, transcode=True, skip_connection=True)
     measure("random_groupmax", num_latents=M, activation="groupmax")
+    skip = {"transcode": True, "skip_connection": True}
+    measure("random_groupmax_skip", num_latents=M, activation="groupmax", **skip)
     measure("trained", True, num_latents=M)
     measure("trained_transcoder", True, num_latents=M, transcode=True)
     measure("trained_skip_transcoder", True, num_latents=M, transcode=True, skip_connection=True)
