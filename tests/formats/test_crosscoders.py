@@ -98,7 +98,7 @@ def test_activations_that_are_centred_and_scaled(tmp_path: Path, ranked: bool) -
     if ranked:
         z = z * (z * w["decoder.weight"].norm(dim=2).sum(0) > 4.0)
     dictionary = same(tmp_path, z, decode(w, z) / scale[:, None] + mean)
-    torch.testing.assert_close(dictionary.part_norms(), w["decoder.weight"].norm(dim=2).T)  # pyright: ignore
+    torch.testing.assert_close(dictionary.part_norms(), w["decoder.weight"].norm(dim=2).T)
 
 
 def test_a_mean_that_was_never_set_is_none(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_parts_keep_their_scales_apart() -> None:
     place = GOLDEN / "llamascopium-crosscoder" / "trained_relu"
     stored = load_file(place / "sae_weights.safetensors")["W_D"]
     dictionary = formats.load(place)
-    torch.testing.assert_close(dictionary.part_norms(), stored.norm(dim=2).T)  # pyright: ignore
-    assert not torch.allclose(dictionary.part_atoms().norm(dim=2), stored.norm(dim=2).T)  # pyright: ignore
+    torch.testing.assert_close(dictionary.part_norms(), stored.norm(dim=2).T)
+    assert not torch.allclose(dictionary.part_atoms().norm(dim=2), stored.norm(dim=2).T)
 
 
 def test_a_feature_without_an_atom_somewhere_is_not_written(tmp_path: Path) -> None:

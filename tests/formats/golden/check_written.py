@@ -133,7 +133,7 @@ def _circuit_tracer(module: str) -> Any:
             spec, package = find_spec(name), ModuleType(name)
             package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ()) if spec else []
             sys.modules[name] = package
-    sys.modules["circuit_tracer.utils"].get_default_device = lambda: torch.device("cpu")  # pyright: ignore
+    sys.modules["circuit_tracer.utils"].get_default_device = lambda: torch.device("cpu")
     return import_module(f"circuit_tracer.transcoder.{module}")
 
 
@@ -147,7 +147,7 @@ def circuit_tracer_clt(folder: Path) -> tuple[Tensor, Tensor]:
     loaded = _circuit_tracer("cross_layer_transcoder").load_clt(str(folder), dtype=torch.float32)
     x = rows().view(-1, 2, D // 2).transpose(0, 1)
     code = loaded.encode(x)
-    return tuple(t.transpose(0, 1).flatten(1) for t in (code, loaded.decode(code, x)))  # pyright: ignore
+    return tuple(t.transpose(0, 1).flatten(1) for t in (code, loaded.decode(code, x)))
 
 
 # What each can express; every other dictionary has to be refused.

@@ -46,7 +46,7 @@ def transcoder(jumps: bool) -> dict[str, Tensor]:
 def circuit_tracer() -> None:
     for package in ("circuit_tracer", "circuit_tracer.transcoder", "circuit_tracer.utils"):
         bare(package)
-    sys.modules["circuit_tracer.utils"].get_default_device = lambda: torch.device("cpu")  # pyright: ignore
+    sys.modules["circuit_tracer.utils"].get_default_device = lambda: torch.device("cpu")
     from circuit_tracer.transcoder import cross_layer_transcoder as across
     from circuit_tracer.transcoder import single_layer_transcoder as single
     from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
