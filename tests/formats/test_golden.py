@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.rglob("expected.safetensors"))
 
 
-ONE_FILE = ("circuit-tracer", "gemma-scope", "gemma-scope-2")  # of any name, so what is beside it has to be left out
+ONE_FILE = ("gemma-scope", "gemma-scope-2")  # of any name, so what is beside it has to be left out
 
 
 def place_of(case: str) -> Path:

@@ -306,6 +306,17 @@ def test_circuit_tracer(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None
     )
     facts = same(tmp_path / "layer_2.safetensors", x, z, z @ w["W_dec"] + output)
     assert facts.architecture == "jumprelu_skip_transcoder"
+    save_file(tensors, tmp_path / "layer_10.safetensors")
+    with pytest.raises(UnweaveError, match=r"2 layers, each of them a dictionary: name one .*layer_2.safetensors"):
+        formats.load(tmp_path)
+
+
+def test_circuit_tracer_names_hooks_without_their_layer(tmp_path: Path) -> None:
+    place = Path(__file__).parent / "golden" / "llamascopium-clt" / "random_relu"
+    facts = formats.inspect(place)
+    assert facts.hook == "blocks.0.hook_resid_mid, blocks.1.hook_resid_mid"
+    formats.write(formats.load(place), "circuit-tracer-clt", tmp_path / "clt", facts)
+    assert formats.inspect(tmp_path / "clt").hook == "hook_resid_mid"
 
 
 def test_circuit_tracer_topk(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:

@@ -37,20 +37,23 @@ class CircuitTracer(Format):
     options: ClassVar[dict[str, str]] = {"k": "makes it TopK, which its files do not say"}
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
-        name = checkpoint.weights(".safetensors")
-        if not (name and _NAME.fullmatch(name) and checkpoint.keys(name) >= _KEYS):
+        layers = _layers(checkpoint)
+        if not (layers and checkpoint.keys(layers[0]) >= _KEYS):
             return None
-        info = checkpoint.tensors(name).info
+        info = checkpoint.tensors(layers[0]).info
         return 0.85 if info["W_enc"].shape[:1] == info["b_enc"].shape else None
 
     def inspect(self, checkpoint: Checkpoint, k: int | None = None) -> Facts:
         tensors, config = self._open(checkpoint)
         (n_features, d_in), d_out = tensors.shape("W_enc", 2), tensors.shape("W_dec", 2)[1]
-        layer = _NAME.fullmatch(checkpoint.weights(".safetensors") or "")
+        layers = _layers(checkpoint)
+        layer = _NAME.fullmatch(layers[0]) if len(layers) == 1 else None
         activation, missing = _activation(tensors, config, k), None
         if activation == "topk":
             k = _k(tensors, config, k)
             missing = None if k else "k is not in the file: give k="
+        if len(layers) > 1:
+            missing = f"it holds {len(layers)} layers, each of them a dictionary: name one of the files, as {layers[0]}"
         return Facts(
             self.name,
             str(skip_name(activation)) if "W_skip" in tensors else activation,
@@ -88,7 +91,7 @@ class CircuitTracer(Format):
         return with_skip(parts, tensors.read("W_skip", d_out, d_in).T) if "W_skip" in tensors else parts
 
     def _open(self, checkpoint: Checkpoint) -> tuple[Tensors, Settings]:
-        name = checkpoint.weights(".safetensors") or checkpoint.names[0]
+        name = next(iter(_layers(checkpoint)), checkpoint.names[0])
         config = checkpoint.settings("config.yaml") if checkpoint.beside("config.yaml") else Settings({}, "config.yaml")
         return checkpoint.tensors(name), config
 
@@ -105,11 +108,21 @@ class CircuitTracer(Format):
         config = {
             "model_name": facts.model,
             "model_kind": "transcoder_set",
-            "feature_input_hook": facts.hook or "mlp.hook_in",
+            "feature_input_hook": in_a_layer(facts.hook) or "mlp.hook_in",
         }
         config |= {"feature_output_hook": "mlp.hook_out", "transcoders": [name]}
         write_tensors(folder / name, tensors)
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def in_a_layer(hook: str | None) -> str | None:
+    """The name of a hook (of the first, where there are several) without the number of its layer."""
+    return re.sub(r"^blocks\.\d+\.", "", hook.split(",")[0]) if hook else None
+
+
+def _layers(checkpoint: Checkpoint) -> list[str]:
+    found = [match for name in checkpoint.names if (match := _NAME.fullmatch(name))]
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
 
 
 def _activation(tensors: Tensors, config: Settings, k: int | None) -> str:

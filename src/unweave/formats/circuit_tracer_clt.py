@@ -12,6 +12,7 @@ from unweave.files import write_tensors, write_text
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._cross_layer import Layer, cross_layer, layers_of
 from unweave.formats._facts import Facts
+from unweave.formats.circuit_tracer import in_a_layer
 from unweave.formats.containers import Settings
 from unweave.formats.registry import Format, register
 
@@ -64,7 +65,10 @@ class CircuitTracerCLT(Format):
             write_tensors(folder / f"W_enc_{i}.safetensors", tensors)
             write_tensors(folder / f"W_dec_{i}.safetensors", {f"W_dec_{i}": layer.W_dec})
         config = {"model_name": facts.model, "model_kind": "cross_layer_transcoder"}
-        config |= {"feature_input_hook": facts.hook or "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+        config |= {
+            "feature_input_hook": in_a_layer(facts.hook) or "hook_resid_mid",
+            "feature_output_hook": "hook_mlp_out",
+        }
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
