@@ -27,7 +27,7 @@ def call(*arguments: object) -> str:
     [
         ("saelens/topk", ["saelens", "topk", "24", "gpt2", "layers.3", "loads"]),
         ("saelens/gated", ["gated", "loads", "yes"]),
-        ("saelens/jumprelu_layer_norm", ["no: jumprelu with normalize_activations = 'layer_norm' needs"]),
+        ("saelens/jumprelu_layer_norm", ["standardised_jumprelu", "loads", "yes"]),
         ("sparsify/random/layers.3", ["sparsify", "model", "unknown"]),
         ("dictionary_learning/trained_BatchTopKSAE/ae.pt", ["dictionary_learning", "batch_topk"]),
     ],

@@ -167,3 +167,27 @@ def test_a_chain_is_one_feature_where_transcoders_need_one_a_layer(seed: int) ->
     assert float(code.l0().double().mean()) < 2.6
     assert float(sum(c.l0().double().mean() for c in theirs)) > 5.5
     assert float((code.indices[code.values != 0] < 12).double().mean()) > 0.7
+
+
+@each
+def test_a_skip_is_each_layer_s_own_map_and_no_part_of_decode(options: dict[str, Any]) -> None:
+    plain = made(**options).eval()
+    skip = build("skip_clt", 12, 30, n_parts=3, **options).double().eval()
+    state, x = {**skip.state_dict(), **plain.state_dict()}, rows(20, 12)
+    skip.load_state_dict(state)
+    assert torch.equal(skip(x), plain(x))  # it starts at 0
+    W = rows(12, 4, seed=5).view(3, 4, 4)
+    with torch.no_grad():
+        skip.W_skip.copy_(W)
+    linear = torch.cat([x[:, 4 * i : 4 * i + 4] @ W[i] for i in range(3)], dim=1)
+    torch.testing.assert_close(skip(x), plain(x) + linear)
+    torch.testing.assert_close(skip.decode(skip.encode(x)), plain(x))
+    loss, expected = (d.loss(TrainingBatch(x, t)) for d, t in ((skip, x), (plain, x - linear)))
+    torch.testing.assert_close(loss.total, expected.total)
+    torch.testing.assert_close(loss.reconstruction, skip(x).detach())
+    with torch.no_grad():
+        skip.in_scales.copy_(torch.tensor([0.5, 2.0, 1.0]))
+        skip.out_scales.copy_(torch.tensor([3.0, 1.0, 0.25]))
+        before = skip(x)
+        skip.complete()
+        torch.testing.assert_close(skip(x), before)

@@ -14,6 +14,7 @@ from unweave.errors import UnweaveError
 from unweave.metrics import fvu
 
 ARCHS = ("standardised_topk", "standardised_relu")
+ALL = (*ARCHS, "standardised_abs_topk", "standardised_jumprelu", "standardised_gated")
 
 
 def made(arch: str, standardise: str = "layer_norm") -> Dictionary:
@@ -109,18 +110,36 @@ def test_short_rows_count_as_much_as_long_ones(tmp_path: Path) -> None:
     assert found["standardised_relu"] < 0.35
 
 
-def test_the_penalty_weighs_as_much_as_on_rows_of_norm_one() -> None:
-    """On rows that "length" makes sqrt(d) long, the loss is d times that of relu on the same rows of norm 1."""
-    relu = build("relu", 8, 24, subtract_bias=True).double()
-    dictionary = build("standardised_relu", 8, 24, standardise="length").double()
+OPTIONS = {"abs_topk": {"k": 4}, "topk": {"k": 4}, "jumprelu": {"target_l0": 4.0, "bandwidth": 0.2}}
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_the_penalty_weighs_as_much_as_on_rows_of_norm_one(arch: str) -> None:
+    """On rows that "length" makes sqrt(d) long, loss and code are d and sqrt(d) times the plain one's on norm 1."""
+    name = arch.removeprefix("standardised_")
+    options = {"subtract_bias": True, **OPTIONS.get(name, {})}
+    plain, dictionary = build(name, 8, 24, **options).double(), build(arch, 8, 24, standardise="length", **options)
+    dictionary = dictionary.double()
     with torch.no_grad():
-        relu.b_dec.normal_(std=0.1)
-        dictionary.load_state_dict({**dictionary.state_dict(), **relu.state_dict()})
+        plain.b_dec.normal_(std=0.1)
+        if name == "jumprelu":
+            plain.log_threshold.fill_(-1.5)
+        dictionary.load_state_dict({**dictionary.state_dict(), **plain.state_dict()})
         dictionary.b_dec.mul_(8**0.5)
+        if name == "jumprelu":
+            dictionary.log_threshold.add_(torch.tensor(8.0).log() / 2)
     x = torch.nn.functional.normalize(rows(), dim=1)
+    torch.testing.assert_close(dictionary.encode(x).dense(), 8**0.5 * plain.encode(x).dense())
     for progress in (0.02, 1.0):
         batch = TrainingBatch(x, x, None, progress)
-        torch.testing.assert_close(dictionary.loss(batch).total, 8 * relu.loss(batch).total)
+        ours, theirs = dictionary.loss(batch).total, plain.loss(batch).total
+        torch.testing.assert_close(ours, 8 * theirs)
+        if name == "jumprelu":  # the window too is sqrt(d) times as wide
+            (by,), (expected,) = (
+                torch.autograd.grad(t, d.log_threshold) for t, d in ((ours, dictionary), (theirs, plain))
+            )
+            assert bool(expected.any())
+            torch.testing.assert_close(by, 8 * expected)
 
 
 def test_a_target_of_its_own_is_refused() -> None:

@@ -150,3 +150,22 @@ def test_jumprelu_with_a_skip_fits_the_planted_map(seed: int) -> None:
             assert 2.5 < float(found.encode(x).l0().float().mean()) < 5
     assert errors[1] < 0.5 * fvu(y, least_squares(x, y))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("arch", ["abs_topk", "group_max", "jumprelu"])
+def test_beside_a_skip_every_architecture_is_what_it_is_without(arch: str) -> None:
+    """Code, decode and the loss on what the linear map leaves are the plain architecture's."""
+    x, y = (t.double() for t in maps(0, n=64))
+    options = {"target_l0": 4.0} if arch == "jumprelu" else {"k": 4}
+    plain = build(arch, 8, 24, subtract_bias=False, **options).double()
+    skip = build(f"{arch}_skip_transcoder", 8, 24, **options).double()
+    skip.load_state_dict({**skip.state_dict(), **plain.state_dict()})
+    assert torch.equal(skip(x), plain(x))
+    with torch.no_grad():
+        skip.W_skip.normal_()
+    linear = (x @ skip.W_skip).detach()
+    assert torch.equal(skip.encode(x).dense(), plain.encode(x).dense())
+    torch.testing.assert_close(skip(x), plain(x) + linear)
+    ours, theirs = skip.loss(TrainingBatch(x, y)), plain.loss(TrainingBatch(x, y - linear))
+    torch.testing.assert_close(ours.total, theirs.total)
+    assert bool(torch.autograd.grad(ours.total, skip.W_skip)[0].any())

@@ -15,6 +15,7 @@ from unweave.formats._fold import with_skip
 D, M, K = 6, 15, 4
 ACTIVATIONS = ("relu", "topk", "abs_topk", "batch_topk", "jumprelu", "matryoshka")
 OPTIONS = {"topk": {"k": K}, "abs_topk": {"k": K}, "batch_topk": {"k": K}}
+OPTIONS["group_max"] = {"k": K}
 OPTIONS["matryoshka"] = {"k": K, "group_fractions": (0.4, 0.6)}
 WITH_THRESHOLD = ("batch_topk", "jumprelu", "matryoshka")
 
@@ -105,7 +106,31 @@ def test_the_fold_changes_nothing_of_a_gate(change: str) -> None:
     assert 0 < int((found != 0).sum()) < found.numel()
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
+@pytest.mark.parametrize("change", [c for c in CHANGES if c != "raw threshold"])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_the_fold_changes_nothing_of_a_glu(activation: str, change: str) -> None:
+    """As without the second matrix, with every row's pre-activations multiplied by its gates."""
+    g = torch.Generator().manual_seed(5)
+    W_gate, b_gate = torch.randn(M, D, generator=g), torch.randn(M, generator=g)
+    options = {"activation": activation, **OPTIONS.get(activation, {})}
+    p = parts("glu", W_gate=W_gate, b_gate=b_gate, **{**CHANGES[change], "options": options})
+    x = 2 * torch.randn(50, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
+    zero, n = torch.zeros(1, dtype=torch.float64), p.W_dec.double().norm(dim=1)
+    b_pre, b_enc, b_dec = (zero if b is None else b.double() for b in (p.b_pre, p.b_enc, p.b_dec))
+    centred = p.in_scale * x - b_pre
+    u = (centred @ p.W_enc.double().T + b_enc) * torch.sigmoid(centred @ W_gate.double().T + b_gate)
+    inside = p.norms == "in_codes"
+    z = act(activation, u * n if inside else u, None)
+    output = (z @ (p.W_dec / (n if inside else torch.ones(M))[:, None]).double() + b_dec) / p.out_scale
+    with torch.no_grad():
+        dictionary = fold(p)
+        found = dictionary.encode(x).dense()
+        assert float((found - z / p.out_scale).norm() / z.norm() * p.out_scale) < 1e-5
+        assert float((dictionary(x) - output).norm() / output.norm()) < 1e-5
+    assert 0 < int((found != 0).sum()) < found.numel()
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu", "abs_topk", "group_max"])
 def test_the_fold_scales_a_skip(architecture: str) -> None:
     plain = parts(architecture, b_pre=None, in_scale=0.31, out_scale=4.2)
     W_skip = torch.randn(D, D, generator=torch.Generator().manual_seed(5))
@@ -118,6 +143,8 @@ def test_the_fold_scales_a_skip(architecture: str) -> None:
         fold(replace(parts("relu"), W_skip=W_skip))
     with pytest.raises(UnweaveError, match="gated needs log_magnitude"):
         fold(parts("gated"))
+    with pytest.raises(UnweaveError, match="glu needs W_gate"):
+        fold(parts("glu", options={"k": K}))
 
 
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu"])

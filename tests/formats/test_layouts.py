@@ -155,10 +155,9 @@ def test_gemma_scope_2_across_layers(tmp_path: Path) -> None:
         formats.load(place / "params_layer_1.safetensors")
     with pytest.raises(UnweaveError, match=r"the layers from 0 on, found those of \[\]"):
         formats.inspect(tmp_path, format="gemma-scope-2-clt")
-    save_file(
-        {**tensors, "threshold": w["theta"], "affine_skip_connection": w["W_enc"]}, place / "params_layer_0.safetensors"
-    )
-    with pytest.raises(UnweaveError, match="affine skip needs the architecture 'clt with a skip'"):
+    affine = {"affine_skip_connection": torch.ones(D, D)}
+    save_file({**tensors, "threshold": w["theta"], **affine}, place / "params_layer_0.safetensors")
+    with pytest.raises(UnweaveError, match="is a file of a layer missing"):  # or a skip in one layer alone
         formats.load(place)
     (place / "params_layer_1.safetensors").rename(place / "params_layer_7.safetensors")
     with pytest.raises(UnweaveError, match=r"the layers from 0 on, found those of \[0, 2, 7\]"):
@@ -183,49 +182,6 @@ def test_circuit_tracer_across_layers(tmp_path: Path, jumps: bool) -> None:
             formats.load(tmp_path)
     (tmp_path / "W_enc_2.safetensors").unlink()
     with pytest.raises(UnweaveError, match=r"write \(24, 2, 8\) as layer 0 does.*is a file of a layer missing"):
-        formats.load(tmp_path)
-
-
-# ---- crosscoders: two parts -----------------------------------------------------------------------------------------
-
-
-def save_crosscoder(place: Path, w: dict[str, Tensor], **more: Tensor) -> tuple[Tensor, Tensor]:
-    """The files, and the matrices as the library has them: ``(2, D, M)`` and ``(2, M, D)``."""
-    W_enc = torch.stack([w["W_enc"].T, -0.5 * w["W_dec"].T])
-    W_dec = torch.stack([w["W_dec"], 0.3 * w["W_enc"]])
-    tensors = {"encoder.weight": W_enc, "encoder.bias": w["b_enc"], "decoder.weight": W_dec}
-    save_file({**tensors, "decoder.bias": torch.stack([w["b_dec"], -w["b_dec"]]), **more}, place / "model.safetensors")
-    (place / "config.json").write_text(json.dumps({"activation_dim": D, "dict_size": M, "num_layers": 2}))
-    return W_enc, W_dec
-
-
-@pytest.mark.parametrize("threshold", [None, 1.5])
-def test_crosscoders(tmp_path: Path, w: dict[str, Tensor], threshold: float | None) -> None:
-    ranked = {} if threshold is None else {"k": torch.tensor(K), "threshold": torch.tensor(threshold)}
-    W_enc, W_dec = save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(1), **ranked)
-    x = torch.randn(40, 2, D, generator=torch.Generator().manual_seed(1))
-    z = (torch.einsum("bld,ldf->bf", x, W_enc) + w["b_enc"]).relu()
-    if threshold is not None:
-        z = z * (z * W_dec.norm(dim=2).sum(0) > threshold)
-    output = torch.einsum("bf,lfd->bld", z, W_dec) + torch.stack([w["b_dec"], -w["b_dec"]])
-    dictionary = formats.load(tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(dictionary.encode(x.flatten(1)).dense(), z, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(dictionary(x.flatten(1)), output.flatten(1), rtol=1e-4, atol=1e-5)
-    facts = formats.inspect(tmp_path)
-    assert (facts.format, facts.d_in, facts.architecture) == ("crosscoder", 2 * D, dictionary.name)
-
-
-def test_crosscoders_that_select_in_another_way(tmp_path: Path, w: dict[str, Tensor]) -> None:
-    k, threshold = torch.tensor(K), torch.tensor(1.5)
-    save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(2), k=k, threshold=threshold)
-    with pytest.raises(UnweaveError, match="the norms of SAE selects in another way"):
-        formats.load(tmp_path)
-    save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(1), k=k, threshold=-threshold)
-    with pytest.raises(UnweaveError, match="threshold was never set"):
-        formats.load(tmp_path)
-    save_crosscoder(tmp_path, w, code_normalization_id=torch.tensor(5))
-    with pytest.raises(UnweaveError, match="DECOUPLED"):
         formats.load(tmp_path)
 
 
@@ -350,6 +306,17 @@ def test_circuit_tracer(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None
     )
     facts = same(tmp_path / "layer_2.safetensors", x, z, z @ w["W_dec"] + output)
     assert facts.architecture == "jumprelu_skip_transcoder"
+    save_file(tensors, tmp_path / "layer_10.safetensors")
+    with pytest.raises(UnweaveError, match=r"2 layers, each of them a dictionary: name one .*layer_2.safetensors"):
+        formats.load(tmp_path)
+
+
+def test_circuit_tracer_names_hooks_without_their_layer(tmp_path: Path) -> None:
+    place = Path(__file__).parent / "golden" / "llamascopium-clt" / "random_relu"
+    facts = formats.inspect(place)
+    assert facts.hook == "blocks.0.hook_resid_mid, blocks.1.hook_resid_mid"
+    formats.write(formats.load(place), "circuit-tracer-clt", tmp_path / "clt", facts)
+    assert formats.inspect(tmp_path / "clt").hook == "hook_resid_mid"
 
 
 def test_circuit_tracer_topk(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
@@ -381,12 +348,41 @@ def test_sparsify_with_the_settings_of_before(tmp_path: Path, w: dict[str, Tenso
     assert facts.architecture == "abs_topk"
 
 
-def test_sparsify_of_groups_with_a_skip_is_refused(tmp_path: Path, w: dict[str, Tensor]) -> None:
-    sparsify(tmp_path, w, activation="groupmax", transcode=True)
+def test_sparsify_of_either_sign_with_a_skip(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:
+    sparsify(tmp_path, w, signed=True, transcode=True)
     tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
-    save_file(tensors | {"W_skip": torch.ones(D, D)}, tmp_path / "sae.safetensors")
-    with pytest.raises(UnweaveError, match="group_max with a skip"):
+    W_skip = torch.randn(D, D, generator=torch.Generator().manual_seed(3))
+    save_file(tensors | {"W_skip": W_skip}, tmp_path / "sae.safetensors")
+    u = x @ w["W_enc"].T + w["b_enc"]
+    best = u.abs().topk(K, dim=1).indices
+    z = torch.zeros_like(u).scatter(1, best, u.gather(1, best))
+    facts = same(tmp_path, x, z, z @ w["W_dec"] + w["b_dec"] + x @ W_skip.T)
+    assert facts.architecture == "abs_topk_skip_transcoder"
+
+
+@pytest.mark.parametrize("name", ["saelens", "temporal"])
+def test_dictionaries_of_whole_sequences_are_named_and_refused(tmp_path: Path, w: dict[str, Tensor], name: str) -> None:
+    if name == "saelens":
+        save_file({"W_dec": w["W_dec"], "b_dec": w["b_dec"]}, tmp_path / "sae_weights.safetensors")
+        (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "temporal", "d_in": D, "d_sae": M}))
+    else:
+        save_file({"D": w["W_dec"], "b": w["b_dec"]}, tmp_path / "latest_ckpt.safetensors")
+        (tmp_path / "conf.yaml").write_text(f"llm: {{dimin: {D}}}\nsae: {{kval_topk: {K}}}\n")
+    facts = formats.inspect(tmp_path)
+    assert (facts.architecture, facts.d_in, facts.n_features) == ("temporal", D, M)
+    with pytest.raises(UnweaveError, match=r"attention over all rows before it.*is another method"):
         formats.load(tmp_path)
+
+
+def test_a_state_whose_codes_are_not_sparse_is_refused(tmp_path: Path, w: dict[str, Tensor]) -> None:
+    state = {
+        "dictionary._weights": w["W_dec"],
+        "dictionary.multiplier": torch.tensor(0.0),
+        "Q": torch.linspace(0, 1, 4),
+    }
+    torch.save(state | {"encoder.final_block.0.weight": w["W_enc"]}, tmp_path / "qsae.pt")
+    with pytest.raises(UnweaveError, match=r"QSAE gives every feature a value.*not sparse"):
+        formats.load(tmp_path / "qsae.pt")
 
 
 def test_saelens_pursuits_of_scaled_rows(tmp_path: Path, w: dict[str, Tensor], x: Tensor) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unweave.dictionaries.classical import RandomDirections as RandomDirections
     from unweave.dictionaries.classical import SklearnDictionary as SklearnDictionary
     from unweave.dictionaries.clt import CrossLayerTranscoder as CrossLayerTranscoder
+    from unweave.dictionaries.clt import SkipCrossLayerTranscoder as SkipCrossLayerTranscoder
     from unweave.dictionaries.crosscoder import BatchTopKCrosscoder as BatchTopKCrosscoder
     from unweave.dictionaries.crosscoder import Crosscoder as Crosscoder
     from unweave.dictionaries.crosscoder import ModelDiff as ModelDiff
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from unweave.dictionaries.g_sae import GSAE as GSAE
     from unweave.dictionaries.gated import Gated as Gated
     from unweave.dictionaries.gba import GBA as GBA
+    from unweave.dictionaries.glu import GLU as GLU
     from unweave.dictionaries.group_max import GroupMax as GroupMax
     from unweave.dictionaries.hierarchical_topk import HierarchicalTopK as HierarchicalTopK
     from unweave.dictionaries.inference import pursue as pursue
@@ -57,12 +59,17 @@ if TYPE_CHECKING:
     from unweave.dictionaries.poly import PolyMatryoshka as PolyMatryoshka
     from unweave.dictionaries.poly import PolyTopK as PolyTopK
     from unweave.dictionaries.relu import ReLU as ReLU
+    from unweave.dictionaries.standardised import StandardisedAbsTopK as StandardisedAbsTopK
+    from unweave.dictionaries.standardised import StandardisedGated as StandardisedGated
+    from unweave.dictionaries.standardised import StandardisedJumpReLU as StandardisedJumpReLU
     from unweave.dictionaries.standardised import StandardisedReLU as StandardisedReLU
     from unweave.dictionaries.standardised import StandardisedTopK as StandardisedTopK
     from unweave.dictionaries.switch import Switch as Switch
     from unweave.dictionaries.temporal import Temporal as Temporal
     from unweave.dictionaries.top_afa import TopAFA as TopAFA
     from unweave.dictionaries.topk import TopK as TopK
+    from unweave.dictionaries.transcoder import AbsTopKSkipTranscoder as AbsTopKSkipTranscoder
+    from unweave.dictionaries.transcoder import GroupMaxSkipTranscoder as GroupMaxSkipTranscoder
     from unweave.dictionaries.transcoder import JumpReLUSkipTranscoder as JumpReLUSkipTranscoder
     from unweave.dictionaries.transcoder import SkipTranscoder as SkipTranscoder
     from unweave.dictionaries.transcoder import Transcoder as Transcoder
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AbsTopK": "abs_topk",
+    "AbsTopKSkipTranscoder": "transcoder",
     "Archetypal": "classical",
     "BatchAbsTopK": "batch_abs_topk",
     "BatchTopK": "batch_topk",
@@ -78,9 +86,11 @@ _HOME = {
     "Crosscoder": "crosscoder",
     "FeatureChoice": "feature_choice",
     "GBA": "gba",
+    "GLU": "glu",
     "GSAE": "g_sae",
     "Gated": "gated",
     "GroupMax": "group_max",
+    "GroupMaxSkipTranscoder": "transcoder",
     "HierarchicalTopK": "hierarchical_topk",
     "ICA": "classical",
     "ITDA": "itda",
@@ -104,8 +114,12 @@ _HOME = {
     "PolyTopK": "poly",
     "RandomDirections": "classical",
     "ReLU": "relu",
+    "SkipCrossLayerTranscoder": "clt",
     "SkipTranscoder": "transcoder",
     "SklearnDictionary": "classical",
+    "StandardisedAbsTopK": "standardised",
+    "StandardisedGated": "standardised",
+    "StandardisedJumpReLU": "standardised",
     "StandardisedReLU": "standardised",
     "StandardisedTopK": "standardised",
     "Switch": "switch",

@@ -200,7 +200,7 @@ class CrossLayerTranscoder(Parts):
             at = self.log_threshold.exp()[pattern.indices.long()]
             values, _ = _Jump.apply(values, at, self.config.bandwidth)  # type: ignore[misc]
         code = SparseCode.from_pattern(pattern, F.relu(values))
-        reconstruction = self.decode(code)
+        reconstruction = self.reconstruct(batch.input, code)
         residual = self.residual(batch, reconstruction)
         mse = residual.square().sum(1).mean()
         if self.config.activation == "topk":
@@ -269,3 +269,38 @@ class CrossLayerTranscoder(Parts):
             parameter.div_(out)
         if self.config.activation == "jumprelu":
             self.log_threshold.sub_(torch.tensor(out).log())
+
+
+@register("skip_clt")
+class SkipCrossLayerTranscoder(CrossLayerTranscoder):
+    """``y_hat^j = sum_(l <= j) z^l W_dec^(l,j) + x^j W_skip^j + b_dec^j``: a CLT beside a linear map in every layer.
+
+    ``W_skip (n_parts, d, d_out)`` starts at 0 and learns with the rest; everything else is as in ``clt``. As in
+    ``skip_transcoder`` it is no part of ``decode``, which knows only the code. Gemma Scope 2 has published CLTs of this
+    form; how they were trained is not in their files.
+    """
+
+    citation = CrossLayerTranscoder.citation + "; Google DeepMind 2025, Gemma Scope 2 (affine CLTs)"
+    good_for = "one feature for what several layers write, with what is linear left to a linear map"
+
+    def __init__(self, config: CrossLayerTranscoderConfig) -> None:
+        super().__init__(config)
+        n = config.n_parts
+        self.W_skip = nn.Parameter(torch.zeros(n, config.d_in // n, config.d_out // n))
+
+    def skip(self, x: Tensor) -> Tensor:
+        """``(n, d_out)``, what each layer's map makes of its own input."""
+        return self.unscaled(torch.bmm(self._inputs(x), self.W_skip).transpose(0, 1).flatten(1))
+
+    def reconstruct(self, x: Tensor, code: SparseCode) -> Tensor:
+        return self.decode(code) + self.skip(x)
+
+    @torch.no_grad()
+    def fold_parts(self, into: Tensor, out_of: Tensor) -> None:
+        super().fold_parts(into, out_of)
+        self.W_skip.mul_((into / out_of)[:, None, None])
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
+        super().fold_scale(scale, out_scale)
+        self.W_skip.mul_(scale / (scale if out_scale is None else out_scale))

@@ -101,12 +101,17 @@ class JumpReLU(LinearDictionary):
         """``(n_features,)``, in the units of the codes."""
         return self.log_threshold.exp()
 
+    @property
+    def bandwidth(self) -> float:
+        """Of the estimator's window, in the units of the codes."""
+        return self.config.bandwidth
+
     def rule(self) -> Rule:
         return AboveRule(self.threshold.detach(), 2 * self.config.target_l0)
 
     def training_rule(self) -> Rule:
         # Entries just below their threshold give no output but do push the threshold.
-        return AboveRule(self.threshold.detach() - self.config.bandwidth / 2, 2 * self.config.target_l0)
+        return AboveRule(self.threshold.detach() - self.bandwidth / 2, 2 * self.config.target_l0)
 
     def activate(self, values: Tensor, pattern: Pattern) -> Tensor:
         return values * (values > self.threshold[pattern.indices.long()])
@@ -119,7 +124,7 @@ class JumpReLU(LinearDictionary):
             scores = F.linear(centred, self.W_enc, self.b_enc)
             pattern = select(reference, self.training_rule(), scores)[0]
         u = sparse_encode(centred, self.W_enc, self.b_enc, scores, pattern)
-        values, fires = _Jump.apply(u, threshold[pattern.indices.long()], self.config.bandwidth)  # type: ignore[misc]
+        values, fires = _Jump.apply(u, threshold[pattern.indices.long()], self.bandwidth)  # type: ignore[misc]
         code = SparseCode.from_pattern(pattern, values)
         trained, mse, reconstruction = self.errors(code, batch.target)
         penalty = self._penalty(values, fires, len(x), batch.progress)
@@ -131,7 +136,7 @@ class JumpReLU(LinearDictionary):
         return Loss(total, terms, code.detach(), reconstruction.detach())
 
     def backward(self, step: Step) -> Backward:
-        features, bandwidth = step.pattern.indices.long(), self.config.bandwidth
+        features, bandwidth = step.pattern.indices.long(), self.bandwidth
         threshold = self.threshold.detach()
         at = threshold[features]
         fires = step.u > at

@@ -12,6 +12,9 @@ from torch import Tensor
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
+from unweave.dictionaries.abs_topk import AbsTopK
+from unweave.dictionaries.gated import Gated, GatedConfig
+from unweave.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.relu import ReLU, ReLUConfig
 from unweave.dictionaries.topk import TopK, TopKConfig
@@ -112,3 +115,59 @@ class StandardisedReLU(Standardised, ReLU):
 
     def _coefficient(self, progress: float) -> float:
         return super()._coefficient(progress) * self.d_in**0.5
+
+
+@register("standardised_abs_topk")
+class StandardisedAbsTopK(Standardised, AbsTopK):
+    """AbsTopK of rows brought to mean 0 and deviation 1: ``x_hat = dev(x) (z W_dec + b_dec) + mean(x)``."""
+
+    Config: Any = StandardisedTopKConfig
+    citation = AbsTopK.citation
+    good_for = StandardisedReLU.good_for
+
+
+class StandardisedJumpReLUConfig(StandardisedConfig, JumpReLUConfig):
+    """As for jumprelu."""
+
+
+@register("standardised_jumprelu")
+class StandardisedJumpReLU(Standardised, JumpReLU):
+    """JumpReLU of rows brought to mean 0 and deviation 1: ``x_hat = dev(x) (z W_dec + b_dec) + mean(x)``.
+
+    Standardised rows have a squared norm of d, and so squared errors are d times, values and thresholds sqrt(d) times
+    as large: penalties and the window are scaled likewise, so that options mean what they mean for ``jumprelu``.
+    """
+
+    Config: Any = StandardisedJumpReLUConfig
+    citation = JumpReLU.citation
+    good_for = StandardisedReLU.good_for
+
+    @property
+    def bandwidth(self) -> float:
+        return super().bandwidth * self.d_in**0.5
+
+    def _penalty(self, values: Tensor, fires: Tensor, n: int, progress: float) -> Tensor:
+        return self.d_in * super()._penalty(values / self.d_in**0.5, fires, n, progress)
+
+    @property
+    def _dead_coefficient(self) -> float:
+        return super()._dead_coefficient * self.d_in**0.5
+
+
+class StandardisedGatedConfig(StandardisedConfig, GatedConfig):
+    """As for gated."""
+
+
+@register("standardised_gated")
+class StandardisedGated(Standardised, Gated):
+    """Gated, of rows brought to mean 0 and deviation 1: ``x_hat = dev(x) (z W_dec + b_dec) + mean(x)``.
+
+    The penalty counts sqrt(d) times as much, as for ``standardised_relu``.
+    """
+
+    Config: Any = StandardisedGatedConfig
+    citation = Gated.citation
+    good_for = StandardisedReLU.good_for
+
+    def coefficient(self, progress: float) -> float:
+        return super().coefficient(progress) * self.d_in**0.5

@@ -15,9 +15,12 @@ from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Loss, TrainingBatch, warm
 from unweave.dictionaries._closed_form import Backward, Fit, Step, auxk_backward, plain_fit
 from unweave.dictionaries._linear import LinearConfig, LinearDictionary
+from unweave.dictionaries.abs_topk import AbsTopK
+from unweave.dictionaries.group_max import GroupMax, GroupMaxConfig
 from unweave.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from unweave.dictionaries.registry import register
 from unweave.dictionaries.relu import l1_backward, l1_loss
+from unweave.dictionaries.topk import TopKConfig
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import AboveRule, Rule, TopKRule
 from unweave.kernels.workspace import Workspace
@@ -159,6 +162,13 @@ class Skip(LinearDictionary):
     def reconstruct(self, x: Tensor, code: SparseCode) -> Tensor:
         return self.decode(code) + self.skip(x)
 
+    def loss(self, batch: TrainingBatch) -> Loss:
+        """The architecture's own loss, on what the linear map leaves of the target."""
+        skip = self.skip(batch.input)
+        loss = super().loss(replace(batch, target=batch.target - skip))
+        assert isinstance(loss.reconstruction, Tensor)
+        return replace(loss, reconstruction=loss.reconstruction + skip.detach())
+
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         super().fold_scale(scale, out_scale)
@@ -179,7 +189,7 @@ class SkipTranscoder(Skip, Transcoder):
     good_for = "an MLP's input to its output, with what is linear left to a linear map"
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        return super().loss(batch)  # through autograd: the closed form knows nothing of the skip
+        return Transcoder.loss(self, batch)  # which reconstructs with the skip, and divides by all of the variance
 
 
 class JumpReLUSkipTranscoderConfig(JumpReLUConfig):
@@ -204,8 +214,40 @@ class JumpReLUSkipTranscoder(Skip, JumpReLU):
     )
     good_for = "an MLP's input to its output at a chosen L0, with what is linear left to a linear map"
 
-    def loss(self, batch: TrainingBatch) -> Loss:
-        skip = self.skip(batch.input)
-        loss = super().loss(replace(batch, target=batch.target - skip))
-        assert isinstance(loss.reconstruction, Tensor)
-        return replace(loss, reconstruction=loss.reconstruction + skip.detach())
+
+class GroupMaxSkipTranscoderConfig(GroupMaxConfig):
+    """As for group_max."""
+
+    subtract_bias: bool = False
+
+
+@register("group_max_skip_transcoder")
+class GroupMaxSkipTranscoder(Skip, GroupMax):
+    """``y_hat = z W_dec + x W_skip + b_dec`` with the largest u of each of k groups: GroupMax beside a linear map.
+
+    Its loss is GroupMax's on what the linear map leaves of the target; the skip starts at 0 and is no part of
+    ``decode``. sparsify trains skip transcoders of this form, with the loss of ``skip_transcoder``.
+    """
+
+    Config = GroupMaxSkipTranscoderConfig
+    citation = SkipTranscoder.citation + "; " + GroupMax.citation
+    good_for = "skip transcoders with the cheapest selection"
+
+
+class AbsTopKSkipTranscoderConfig(TopKConfig):
+    """As for topk."""
+
+    subtract_bias: bool = False
+
+
+@register("abs_topk_skip_transcoder")
+class AbsTopKSkipTranscoder(Skip, AbsTopK):
+    """``y_hat = z W_dec + x W_skip + b_dec`` with the k largest ``|u|`` of either sign: AbsTopK beside a linear map.
+
+    Its loss is AbsTopK's on what the linear map leaves of the target; the skip starts at 0 and is no part of
+    ``decode``. sparsify's checkpoints say ``signed`` for this.
+    """
+
+    Config = AbsTopKSkipTranscoderConfig
+    citation = SkipTranscoder.citation + "; " + AbsTopK.citation
+    good_for = "transcoders whose features serve both directions of an axis, with what is linear left to a linear map"

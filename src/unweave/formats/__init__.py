@@ -8,10 +8,12 @@ from unweave.formats import gemma_scope as gemma_scope
 from unweave.formats import hypothesaes as hypothesaes
 from unweave.formats import llama_scope as llama_scope
 from unweave.formats import llamascopium as llamascopium
+from unweave.formats import llamascopium_parts as llamascopium_parts
 from unweave.formats import native as native
 from unweave.formats import openai as openai
 from unweave.formats import overcomplete as overcomplete
 from unweave.formats import saelens as saelens
+from unweave.formats import saev as saev
 from unweave.formats import single_files as single_files
 from unweave.formats import sparsify as sparsify
 from unweave.formats._checkpoint import Checkpoint as Checkpoint

@@ -31,6 +31,8 @@ class Parts:
         norms: what decoder norms have to do with ``act``. "apart": nothing. "in_codes": the library acts on ``u n`` and
             that is its code, decoded with ``W_dec / n``. "in_threshold": it acts on ``u n`` but the code is u.
         log_magnitude, b_mag: ``(F,)``, of gated ones: ``z = 1[u > 0] ReLU(exp(log_magnitude) (u - b_enc) + b_mag)``.
+        W_gate, b_gate: ``(F, d_in)`` and ``(F,)``, of GLU encoders: u is multiplied by
+            ``sigmoid((x' - b_pre) W_gate^T + b_gate)``.
         W_skip: ``(d_in, d_out)``, of those with a skip.
     """
 
@@ -48,6 +50,8 @@ class Parts:
     norms: Norms = "apart"
     log_magnitude: Tensor | None = None
     b_mag: Tensor | None = None
+    W_gate: Tensor | None = None
+    b_gate: Tensor | None = None
     W_skip: Tensor | None = None
 
 
@@ -56,6 +60,8 @@ _SKIPS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("skip_transcoder", {"activation": "relu"}),
     "topk": ("skip_transcoder", {}),
     "jumprelu": ("jumprelu_skip_transcoder", {}),
+    "abs_topk": ("abs_topk_skip_transcoder", {}),
+    "group_max": ("group_max_skip_transcoder", {}),
 }
 
 
@@ -87,6 +93,7 @@ def fold(parts: Parts) -> Dictionary:
     b_dec = _bias(parts.b_dec, d_out, "b_dec")
     b_pre = _bias(parts.b_pre, d_in, "b_pre")
     b_mag = _bias(parts.b_mag, n_features, "b_mag")
+    b_gate = _bias(parts.b_gate, n_features, "b_gate")
     gain = _bias(parts.log_magnitude, n_features, "log_magnitude").exp()
     into, out = float(parts.in_scale), float(parts.out_scale)
     for name, scale in (("input", into), ("output", out)):
@@ -109,6 +116,7 @@ def fold(parts: Parts) -> Dictionary:
     if not subtract:
         shift = _product(W_enc, b_pre)
         b_enc, b_mag = b_enc - shift, b_mag - gain * shift
+        b_gate = b_gate if parts.W_gate is None else b_gate - _product(parts.W_gate.float(), b_pre)
     W_enc = W_enc if into == out else W_enc * (into / out)
     b_enc, b_dec, b_mag = b_enc / out, b_dec / out, b_mag / out
     threshold = None if threshold is None else threshold / out
@@ -121,7 +129,9 @@ def fold(parts: Parts) -> Dictionary:
     state = dictionary.state_dict()
     state.update({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec})
     skip = None if parts.W_skip is None else parts.W_skip * (into / out)
-    for name, value in (("log_magnitude", gain.log()), ("b_mag", b_mag), ("W_skip", skip)):
+    gate = None if parts.W_gate is None else parts.W_gate * into
+    gated = {"log_magnitude": gain.log(), "b_mag": b_mag, "W_gate": gate, "b_gate": b_gate, "W_skip": skip}
+    for name, value in gated.items():
         if (name in state) != (getattr(parts, name) is not None):
             raise UnweaveError(f"{parts.architecture} {'needs' if name in state else 'has no place for'} {name}")
         if name in state and value is not None:

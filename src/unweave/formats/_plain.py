@@ -11,7 +11,9 @@ from torch import Tensor
 from unweave.dictionaries import Dictionary
 from unweave.dictionaries._linear import LinearDictionary
 from unweave.dictionaries.gated import Gated
+from unweave.dictionaries.glu import GLU
 from unweave.dictionaries.group_max import GroupMax
+from unweave.dictionaries.standardised import Standardised
 from unweave.dictionaries.transcoder import Skip
 from unweave.errors import UnweaveError
 from unweave.kernels.select import AboveRule, TopKRule
@@ -23,7 +25,8 @@ class Plain:
 
     ``activation`` is "topk", "abs_topk" or "group_max" with ``k``, "relu", "jumprelu" with ``threshold (F,)``, or
     "gated" with ``log_magnitude`` and ``b_mag (F,)``; only the codes of "abs_topk" may be negative. The encoder reads
-    ``x - b_dec`` where ``subtracts``; ``x W_skip`` is added to the output where there is one.
+    ``x - b_dec`` where ``subtracts``; ``x W_skip`` is added to the output where there is one. ``standardise``: how rows
+    are standardised first, as in :class:`unweave.dictionaries.standardised.StandardisedConfig`.
     """
 
     W_enc: Tensor
@@ -37,6 +40,7 @@ class Plain:
     log_magnitude: Tensor | None = None
     b_mag: Tensor | None = None
     W_skip: Tensor | None = None
+    standardise: str | None = None
 
     @property
     def d_in(self) -> int:
@@ -76,12 +80,12 @@ def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
     """The dictionary as a :class:`Plain`.
 
     Args:
-        can: the activations that the target has, and "skip" if it has that.
+        can: the activations that the target has, and "skip" and "standardise" if it has that.
 
     Raises:
         UnweaveError: when the dictionary is not linear, or its activation is none of these.
     """
-    if not isinstance(dictionary, LinearDictionary):
+    if not isinstance(dictionary, LinearDictionary) or isinstance(dictionary, GLU):
         raise UnweaveError(f"{title} cannot express a {dictionary.name!r} dictionary: its encoder is not linear")
     rule = dictionary.eval().rule()
     k, threshold = None, None
@@ -105,8 +109,11 @@ def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
     if activation not in can:
         raise UnweaveError(
             f"{title} cannot express the activation {activation!r} of this {dictionary.name!r} dictionary; it has "
-            + ", ".join(name for name in can if name != "skip")
+            + ", ".join(name for name in can if name not in ("skip", "standardise"))
         )
+    if isinstance(dictionary, Standardised) and "standardise" not in can:
+        raise UnweaveError(f"{title} cannot express this {dictionary.name!r} dictionary: it does not standardise rows")
+    standardise = dictionary.config.standardise if isinstance(dictionary, Standardised) else None
     if isinstance(dictionary, Skip):
         if "skip" not in can:
             raise UnweaveError(f"{title} cannot express the skip of this {dictionary.name!r} dictionary")
@@ -115,7 +122,8 @@ def plain(dictionary: Dictionary, title: str, *can: str) -> Plain:
         _plain(t) for t in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec)
     )
     more = {name: _plain(tensor) for name, tensor in more.items()}
-    return Plain(W_enc, W_dec, b_enc, b_dec, dictionary.config.subtract_bias, activation, k, threshold, **more)
+    subtracts = dictionary.config.subtract_bias
+    return Plain(W_enc, W_dec, b_enc, b_dec, subtracts, activation, k, threshold, standardise=standardise, **more)
 
 
 def _plain(tensor: Tensor) -> Tensor:

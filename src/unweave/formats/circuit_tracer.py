@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 import yaml
 
 from unweave.dictionaries import Dictionary
@@ -29,27 +28,32 @@ class CircuitTracer(Format):
     """``W_enc (F, d)``, ``W_dec (F, d_out)``, biases, a skip ``W_skip (d_out, d)``; nothing is subtracted.
 
     A threshold makes it JumpReLU, a ``k`` in the file or ``activation: topk`` in its settings TopK; else it is ReLU.
-    Of the k largest the library lets negative values through, unweave does not.
+    The library has TopK, but files of its own do not say it, and its reader takes them as ReLU: ``k=`` says so here,
+    and TopK is not written. Of the k largest it lets negative values through, unweave does not.
     """
 
     title = "circuit-tracer"
-    options: ClassVar[dict[str, str]] = {"k": "of TopK, where neither file nor config.yaml says it"}
+    checked = "library"
+    options: ClassVar[dict[str, str]] = {"k": "makes it TopK, which its files do not say"}
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
-        name = checkpoint.weights(".safetensors")
-        if not (name and _NAME.fullmatch(name) and checkpoint.keys(name) >= _KEYS):
+        layers = _layers(checkpoint)
+        if not (layers and checkpoint.keys(layers[0]) >= _KEYS):
             return None
-        info = checkpoint.tensors(name).info
+        info = checkpoint.tensors(layers[0]).info
         return 0.85 if info["W_enc"].shape[:1] == info["b_enc"].shape else None
 
     def inspect(self, checkpoint: Checkpoint, k: int | None = None) -> Facts:
         tensors, config = self._open(checkpoint)
         (n_features, d_in), d_out = tensors.shape("W_enc", 2), tensors.shape("W_dec", 2)[1]
-        layer = _NAME.fullmatch(checkpoint.weights(".safetensors") or "")
-        activation, missing = _activation(tensors, config), None
+        layers = _layers(checkpoint)
+        layer = _NAME.fullmatch(layers[0]) if len(layers) == 1 else None
+        activation, missing = _activation(tensors, config, k), None
         if activation == "topk":
             k = _k(tensors, config, k)
             missing = None if k else "k is not in the file: give k="
+        if len(layers) > 1:
+            missing = f"it holds {len(layers)} layers, each of them a dictionary: name one of the files, as {layers[0]}"
         return Facts(
             self.name,
             str(skip_name(activation)) if "W_skip" in tensors else activation,
@@ -67,7 +71,7 @@ class CircuitTracer(Format):
     def parts(self, checkpoint: Checkpoint, k: int | None = None) -> Parts:
         tensors, config = self._open(checkpoint)
         (n_features, d_in), d_out = tensors.shape("W_enc", 2), tensors.shape("W_dec", 2)[1]
-        activation, threshold = _activation(tensors, config), None
+        activation, threshold = _activation(tensors, config, k), None
         if activation == "jumprelu":
             raw = tensors[_THRESHOLD].flatten()
             threshold = tensors.number(_THRESHOLD) if len(raw) == 1 else raw
@@ -87,18 +91,16 @@ class CircuitTracer(Format):
         return with_skip(parts, tensors.read("W_skip", d_out, d_in).T) if "W_skip" in tensors else parts
 
     def _open(self, checkpoint: Checkpoint) -> tuple[Tensors, Settings]:
-        name = checkpoint.weights(".safetensors") or checkpoint.names[0]
+        name = next(iter(_layers(checkpoint)), checkpoint.names[0])
         config = checkpoint.settings("config.yaml") if checkpoint.beside("config.yaml") else Settings({}, "config.yaml")
         return checkpoint.tensors(name), config
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
-        p = plain(dictionary, self.title, "relu", "topk", "jumprelu", "skip")
+        p = plain(dictionary, self.title, "relu", "jumprelu", "skip")
         b_enc = p.encoder_bias(False, self.title)
         tensors = {"W_enc": p.W_enc, "W_dec": p.W_dec, "b_enc": b_enc, "b_dec": p.b_dec}
         if p.threshold is not None:
             tensors[_THRESHOLD] = p.threshold
-        if p.k is not None:
-            tensors["k"] = torch.tensor(p.k)
         if p.W_skip is not None:
             tensors["W_skip"] = p.W_skip.T
         layer = re.search(r"layers\.(\d+)", facts.target_site or facts.site or "")
@@ -106,19 +108,29 @@ class CircuitTracer(Format):
         config = {
             "model_name": facts.model,
             "model_kind": "transcoder_set",
-            "feature_input_hook": facts.hook or "mlp.hook_in",
+            "feature_input_hook": in_a_layer(facts.hook) or "mlp.hook_in",
         }
         config |= {"feature_output_hook": "mlp.hook_out", "transcoders": [name]}
-        if p.k is not None:
-            config |= {"activation": "topk", "k": p.k}
         write_tensors(folder / name, tensors)
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def _activation(tensors: Tensors, config: Settings) -> str:
+def in_a_layer(hook: str | None) -> str | None:
+    """The name of a hook (of the first, where there are several) without the number of its layer."""
+    return re.sub(r"^blocks\.\d+\.", "", hook.split(",")[0]) if hook else None
+
+
+def _layers(checkpoint: Checkpoint) -> list[str]:
+    found = [match for name in checkpoint.names if (match := _NAME.fullmatch(name))]
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+
+
+def _activation(tensors: Tensors, config: Settings, k: int | None) -> str:
     declared = config.get("activation", str)
     if declared in ("topk", "relu"):
         return declared
+    if k is not None:
+        return "topk"
     return "jumprelu" if _THRESHOLD in tensors else "topk" if "k" in tensors else "relu"
 
 

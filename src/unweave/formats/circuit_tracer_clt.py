@@ -12,8 +12,9 @@ from unweave.files import write_tensors, write_text
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._cross_layer import Layer, cross_layer, layers_of
 from unweave.formats._facts import Facts
+from unweave.formats.circuit_tracer import in_a_layer
 from unweave.formats.containers import Settings
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 
 @register("circuit-tracer-clt")
@@ -21,10 +22,11 @@ class CircuitTracerCLT(Format):
     """``W_enc_i (F, d)``, ``b_enc_i``, ``b_dec_i``, ``threshold_i`` for JumpReLU; ``W_dec_i (F, n_layers - i, d)``.
 
     Decoder i writes into the layers i to the last; nothing is subtracted. A row of the dictionary holds what all layers
-    read side by side, its output what they write.
+    read side by side, its output what they write. The library's class may have a skip, which its files do not hold.
     """
 
     title = "circuit-tracer's CLT"
+    checked = "library"
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         found = checkpoint.find("W_enc_0.safetensors") and checkpoint.find("W_dec_0.safetensors")
@@ -47,21 +49,26 @@ class CircuitTracerCLT(Format):
             hook=config.get("feature_input_hook", str),
             context={"layers": n, "writes to": config.get("feature_output_hook", str)},
             notes=("rows hold the layers side by side",),
-            missing=lacking("clt with a skip", "a cross-layer transcoder with a skip connection") if skips else None,
+            missing="it has a skip, which circuit-tracer neither writes nor reads, so nobody knows how"
+            if skips
+            else None,
         )
 
     def parts(self, checkpoint: Checkpoint) -> Dictionary:
         return cross_layer([_layer(checkpoint, i) for i in range(_n_layers(checkpoint))], checkpoint.called)
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
-        for i, layer in enumerate(layers_of(dictionary, self.title)):
+        for i, layer in enumerate(layers_of(dictionary, self.title, "relu", "jumprelu")):
             tensors = {f"{name}_{i}": getattr(layer, name) for name in ("W_enc", "b_enc", "b_dec")}
             if layer.threshold is not None:
                 tensors[f"threshold_{i}"] = layer.threshold
             write_tensors(folder / f"W_enc_{i}.safetensors", tensors)
             write_tensors(folder / f"W_dec_{i}.safetensors", {f"W_dec_{i}": layer.W_dec})
         config = {"model_name": facts.model, "model_kind": "cross_layer_transcoder"}
-        config |= {"feature_input_hook": facts.hook or "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+        config |= {
+            "feature_input_hook": in_a_layer(facts.hook) or "hook_resid_mid",
+            "feature_output_hook": "hook_mlp_out",
+        }
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 

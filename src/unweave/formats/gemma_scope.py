@@ -16,7 +16,7 @@ from unweave.formats._facts import Facts, site_of_module
 from unweave.formats._fold import Parts, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.containers import Settings, Tensors
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
@@ -50,7 +50,7 @@ class GemmaScope(_GemmaScope):
     """The file says neither model nor site: they are read from the path, where it is still the hub's."""
 
     title = "Gemma Scope"
-    checked = "layout"
+    checked = "library"
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(".npz")
@@ -91,6 +91,7 @@ class GemmaScope2(_GemmaScope):
     """Lower-case names, and a ``config.json`` that is missing from some repositories."""
 
     title = "Gemma Scope 2"
+    checked = "library"
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(".safetensors")
@@ -121,10 +122,12 @@ class GemmaScope2CLT(Format):
     """One file a layer in one folder, as for its transcoders, but for ``w_dec (F, n_layers, d)``.
 
     Features of layer i write into the layers from i on; what is stored for those before is left out, as circuit-tracer
-    does. (Its own reader stops before the last layer, which leaves that one out as well.)
+    does. (Its own reader stops before the last layer, which leaves that one out as well.) An affine skip goes from what
+    a layer reads to what it writes.
     """
 
     title = "Gemma Scope 2's CLT"
+    checked = "library"
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         if checkpoint.file is not None:
@@ -139,7 +142,7 @@ class GemmaScope2CLT(Format):
         skips, n = _AFFINE in first, len(layers)
         return Facts(
             self.name,
-            "clt",
+            "skip_clt" if skips else "clt",
             d_in=n * d,
             d_out=n * width,
             n_features=n * per,
@@ -148,7 +151,6 @@ class GemmaScope2CLT(Format):
             hook=config.get("hf_hook_point_in", str),
             context={"layers": n, "L0": config.get("l0", object)},
             notes=("rows hold the layers side by side",),
-            missing=lacking("clt with a skip", "a cross-layer transcoder with an affine skip") if skips else None,
         )
 
     def parts(self, checkpoint: Checkpoint) -> Dictionary:
@@ -178,6 +180,7 @@ def _layer(tensors: Tensors, i: int, n: int) -> Layer:
         tensors.read("b_dec", width),
         tensors.read("w_dec", per, n, width)[:, i:],
         tensors.read("threshold", per),
+        tensors.read(_AFFINE, d, width) if _AFFINE in tensors else None,
     )
 
 

@@ -14,7 +14,7 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts
 from unweave.formats.containers import Tensors
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 _ATOMS, _LINEAR = "dictionary._weights", "encoder.final_block.0.weight"
 _POINTS, _WEIGHTS, _RELAX = "dictionary.C", "dictionary.W", "dictionary.Relax"
@@ -58,7 +58,10 @@ class Overcomplete(Format):
         if atoms is None:
             missing = f"expected atoms in {_ATOMS}, or archetypal ones in {_RELAX}, found neither"
         elif "Q" in tensors:
-            missing = lacking("quantised", "overcomplete's QSAE")
+            missing = (
+                "overcomplete's QSAE gives every feature a value, a mean of its levels, so its codes are not sparse; "
+                "whether it takes the nearest level instead is not in the state"
+            )
         elif any(
             name.startswith(("encoder.mlp_blocks", "encoder.final_block.1", "encoder.attention")) for name in tensors
         ):

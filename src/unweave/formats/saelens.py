@@ -28,7 +28,10 @@ _ARCHITECTURES |= {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}
 _ARCHITECTURES |= {"batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
 _ARCHITECTURES |= {"gated": "gated", "matching_pursuit": "mp"}
 _ARCHITECTURES |= {"skip_transcoder": "skip_transcoder", "jumprelu_skip_transcoder": "jumprelu_skip_transcoder"}
-_TEMPORAL = "its temporal dictionaries read whole sequences, which unweave's 'temporal' does not"
+_TEMPORAL = (
+    "its temporal dictionaries predict a row by attention over all rows before it and encode what is left, so a row "
+    "alone has no code; unweave's 'temporal' is another method"
+)
 _PER_ROW = {"layer_norm": "layer_norm", "constant_norm_rescale": "length"}
 _CONTEXT = (
     "context_size",
@@ -154,7 +157,6 @@ class SAELens(Format):
             "d_sae": dictionary.n_features,
             "dtype": "float32",
             "device": "cpu",
-            "normalize_activations": "none",
             "reshape_activations": "hook_z" if (hook or "").endswith("hook_z") else "none",
             "metadata": {name: value for name, value in metadata.items() if value is not None},
         }
@@ -164,13 +166,15 @@ class SAELens(Format):
     def _written(self, dictionary: Dictionary) -> tuple[dict[str, Any], dict[str, Tensor]]:
         skips = isinstance(dictionary, Skip)
         transcodes = skips or dictionary.d_in != dictionary.d_out
-        can = ("relu", "jumprelu", "skip") if transcodes else ("relu", "topk", "abs_topk", "jumprelu", "gated")
+        whole = ("relu", "topk", "abs_topk", "jumprelu", "gated", "standardise")
+        can = ("relu", "jumprelu", "skip") if transcodes else whole
         p = plain(dictionary, "SAELens's transcoder" if transcodes else "SAELens", *can)
         subtracts = p.subtracts and not transcodes
         named = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "jumprelu": "jumprelu", "gated": "gated"}
         kind = "skip_transcoder" if skips else "transcoder"
         architecture = {"relu": kind, "jumprelu": f"jumprelu_{kind}"} if transcodes else named
         config: dict[str, Any] = {"architecture": architecture[p.activation], "apply_b_dec_to_input": subtracts}
+        config["normalize_activations"] = next((n for n, how in _PER_ROW.items() if how == p.standardise), "none")
         if transcodes:
             config["d_out"] = p.d_out
         if p.k is not None:
@@ -186,6 +190,25 @@ class SAELens(Format):
         if p.W_skip is not None:
             tensors["W_skip"] = p.W_skip.T
         return config, tensors
+
+
+@register("temporal-sae")
+class TemporalSAE(Format):
+    """The files of those whose temporal dictionaries SAELens has too: recognised, and said not to be loaded."""
+
+    title = "Temporal SAE"
+    _FILES = ("conf.yaml", "latest_ckpt.safetensors")
+
+    def recognise(self, checkpoint: Checkpoint) -> float | None:
+        found = all(checkpoint.find(name) for name in self._FILES)
+        return 0.95 if found and checkpoint.keys(self._FILES[1]) >= {"D", "b"} else None
+
+    def inspect(self, checkpoint: Checkpoint) -> Facts:
+        config, tensors = checkpoint.settings(self._FILES[0]), checkpoint.tensors(self._FILES[1])
+        n_features, d = tensors.shape("D", 2)
+        k = config.section("sae").get("kval_topk", int)
+        dtype = tensors.info["D"].dtype
+        return Facts(self.name, "temporal", d, d, n_features, k=k, dtype=dtype, missing=_TEMPORAL)
 
 
 def _pursuit(config: _Config, W_dec: Tensor, b_dec: Tensor, scale: float) -> Dictionary:
@@ -212,6 +235,7 @@ def _written_pursuit(dictionary: MP) -> tuple[dict[str, Any], dict[str, Tensor]]
     W_dec, b_dec = dictionary.W_dec.detach().float().cpu(), dictionary.b_dec
     config = {
         "architecture": "matching_pursuit",
+        "normalize_activations": "none",
         "residual_threshold": dictionary.stop_at() or 0.0,
         "max_iterations": dictionary.config.k,
         "stop_on_duplicate_support": dictionary.config.variant == "adaptive",

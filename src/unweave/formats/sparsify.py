@@ -12,7 +12,7 @@ from unweave.formats._facts import Facts, site_of_module
 from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.containers import Settings
-from unweave.formats.registry import Format, lacking, register
+from unweave.formats.registry import Format, register
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -23,7 +23,7 @@ class Sparsify(Format):
 
     The encoder subtracts ``b_dec`` unless it transcodes. ``num_latents: 0`` means ``d_in`` times ``expansion_factor``.
     Settings from before ``activation`` may say ``signed``: the k of largest magnitude, of either sign.
-    ``groupmax`` keeps the largest of each of k groups.
+    ``groupmax`` keeps the largest of each of k groups. All of them may have a skip.
     """
 
     title = "sparsify"
@@ -38,8 +38,6 @@ class Sparsify(Format):
         activation, missing = _activation(config), None
         if activation not in ("topk", "abs_topk", "group_max"):
             missing = f"sparsify's activation {activation!r} is not known"
-        elif "W_skip" in tensors and skip_name(activation) is None:
-            missing = lacking(f"{activation} with a skip", f"sparsify's {activation} with a skip connection")
         elif "W_skip" in tensors:
             activation = str(skip_name(activation))
         transcodes = config.get("transcode", bool, False)

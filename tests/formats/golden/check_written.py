@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,9 +48,18 @@ def dictionaries() -> dict[str, Dictionary]:
         "skip": build("skip_transcoder", D, M, k=K),
         "skip_relu": build("skip_transcoder", D, M, activation="relu", subtract_bias=True),
         "skip_jumprelu": build("jumprelu_skip_transcoder", D, M, target_l0=K),
+        "skip_group_max": build("group_max_skip_transcoder", D, M, k=K),
+        "skip_abs_topk": build("abs_topk_skip_transcoder", D, M, k=K),
+        "standardised_topk": build("standardised_topk", D, M, k=K),
+        "standardised_abs_topk": build("standardised_abs_topk", D, M, k=K, standardise="length"),
+        "standardised_relu": build("standardised_relu", D, M, standardise="length"),
+        "standardised_jumprelu": build("standardised_jumprelu", D, M, target_l0=K),
+        "standardised_gated": build("standardised_gated", D, M, subtract_bias=False),
+        "glu": build("glu", D, M, k=K),
         "clt": build("clt", D, M, n_parts=2, k=K),
         "clt_relu": build("clt", D, M, n_parts=2, activation="relu"),
         "clt_jumprelu": build("clt", D, M, n_parts=2, activation="jumprelu", k=K),
+        "clt_skip": build("skip_clt", D, M, n_parts=2, activation="relu"),
         "crosscoder": build("crosscoder", D, M, n_parts=2),
         "batch_topk_crosscoder": build("batch_topk_crosscoder", D, M, n_parts=2, k=K),
         "topk_crosscoder": build("topk_crosscoder", D, M, n_parts=2, k=K),
@@ -59,7 +70,7 @@ def dictionaries() -> dict[str, Dictionary]:
                 parameter.add_(0.4 * torch.randn_like(parameter))
             if name in ("batch_topk", "matryoshka", "batch_topk_crosscoder"):
                 dictionary.threshold.fill_(0.8)
-            if "jumprelu" in name:
+            if "jumprelu" in name and hasattr(dictionary, "log_threshold"):
                 dictionary.log_threshold.copy_(torch.randn(M) * 0.5 - 0.5)
             if name.startswith("mp"):  # longer atoms make residuals grow
                 dictionary.W_dec.copy_(torch.nn.functional.normalize(dictionary.W_dec, dim=1))
@@ -104,6 +115,41 @@ def llamascopium(folder: Path) -> tuple[Tensor, Tensor]:
     return code, loaded.decode(code)
 
 
+def llamascopium_parts(folder: Path) -> tuple[Tensor, Tensor]:
+    from llamascopium.models import clt, crosscoder  # noqa: F401  registers its classes
+    from llamascopium.models.sparse_dictionary import SparseDictionary
+
+    loaded = SparseDictionary.from_pretrained(str(folder))
+    code = loaded.encode(rows().view(-1, 2, D // 2))
+    if isinstance(loaded, crosscoder.Crosscoder):
+        return code[:, 0], loaded.decode(code).flatten(1)
+    return code.flatten(1), loaded.decode(code, batch_first=True).flatten(1)
+
+
+def _circuit_tracer(module: str) -> Any:
+    """A module of circuit-tracer, without the packages for models and pictures that all of it wants."""
+    for name in ("circuit_tracer", "circuit_tracer.transcoder", "circuit_tracer.utils"):
+        if name not in sys.modules:
+            spec, package = find_spec(name), ModuleType(name)
+            package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ()) if spec else []
+            sys.modules[name] = package
+    sys.modules["circuit_tracer.utils"].get_default_device = lambda: torch.device("cpu")
+    return import_module(f"circuit_tracer.transcoder.{module}")
+
+
+def circuit_tracer(folder: Path) -> tuple[Tensor, Tensor]:
+    (file,) = folder.glob("layer_*.safetensors")
+    loaded = _circuit_tracer("single_layer_transcoder").load_relu_transcoder(str(file), 3)
+    return loaded.encode(rows()), loaded(rows())
+
+
+def circuit_tracer_clt(folder: Path) -> tuple[Tensor, Tensor]:
+    loaded = _circuit_tracer("cross_layer_transcoder").load_clt(str(folder), dtype=torch.float32)
+    x = rows().view(-1, 2, D // 2).transpose(0, 1)
+    code = loaded.encode(x)
+    return tuple(t.transpose(0, 1).flatten(1) for t in (code, loaded.decode(code, x)))
+
+
 # What each can express; every other dictionary has to be refused.
 PLAIN = {
     "relu",
@@ -116,11 +162,19 @@ PLAIN = {
     "jumprelu",
 }
 GATED = {"gated", "gated_plain"}
+GROUPS = {"group_max", "skip_group_max"}
+THRESHOLDS = {"relu", "relu_subtracting", "batch_topk", "matryoshka", "jumprelu"}
+SAELENS = {"abs_topk", "mp", "mp_adaptive", "skip_relu", "skip_jumprelu"}
+SAELENS |= {f"standardised_{name}" for name in ("topk", "abs_topk", "relu", "jumprelu", "gated")}
 LIBRARIES: dict[str, tuple[str, Callable[[Path], tuple[Tensor, Tensor]], set[str]]] = {
-    "saelens": ("sae_lens", saelens, PLAIN | GATED | {"abs_topk", "mp", "mp_adaptive", "skip_relu", "skip_jumprelu"}),
+    "saelens": ("sae_lens", saelens, PLAIN | GATED | SAELENS),
     "dictionary_learning": ("dictionary_learning", dictionary_learning, PLAIN | GATED),
-    "sparsify": ("sparsify", sparsify, {"topk", "topk_plain", "batch_topk_untrained", "group_max", "skip"}),
+    "sparsify": ("sparsify", sparsify, {"topk", "topk_plain", "batch_topk_untrained", "skip"} | GROUPS),
     "llamascopium": ("llamascopium", llamascopium, PLAIN),
+    "llamascopium-crosscoder": ("llamascopium", llamascopium_parts, {"crosscoder"}),
+    "llamascopium-clt": ("llamascopium", llamascopium_parts, {"clt", "clt_relu", "clt_jumprelu"}),
+    "circuit-tracer": ("circuit_tracer", circuit_tracer, THRESHOLDS | {"skip_relu", "skip_jumprelu"}),
+    "circuit-tracer-clt": ("circuit_tracer", circuit_tracer_clt, {"clt_relu", "clt_jumprelu"}),
 }
 
 

@@ -1,6 +1,7 @@
 """Lets the real libraries make dictionaries, and keeps their files with what they compute on a fixed batch.
 
-Run in an environment that has the libraries (any of them; the others' files are left alone)::
+Run in an environment that has the libraries (any of them; the others' files are left alone); ``make_parts.py`` does the
+same for more of them::
 
     python tests/formats/golden/make.py [LIBRARY ...]
 
@@ -135,6 +136,10 @@ def saelens() -> None:
     random("jumprelu", "jumprelu")
     random("gated", "gated")
     random("topk_layer_norm", "topk", k=K, normalize_activations="layer_norm")
+    random("topk_length", "topk", k=K, normalize_activations="constant_norm_rescale")
+    for architecture in ("standard", "jumprelu", "gated"):
+        random(f"{architecture}_layer_norm", architecture, normalize_activations="layer_norm")
+    random("abstopk_layer_norm", "abstopk", k=K, normalize_activations="layer_norm")
     random("transcoder", "transcoder", d_out=D, apply_b_dec_to_input=False)
     random("jumprelu_transcoder", "jumprelu_transcoder", d_out=D, apply_b_dec_to_input=False)
     random("skip_transcoder", "skip_transcoder", d_out=D, apply_b_dec_to_input=False)
@@ -300,6 +305,8 @@ def sparsify() -> None:
     measure("random_transcoder", num_latents=M, transcode=True)
     measure("random_skip_transcoder", num_latents=M, transcode=True, skip_connection=True)
     measure("random_groupmax", num_latents=M, activation="groupmax")
+    skip = {"transcode": True, "skip_connection": True}
+    measure("random_groupmax_skip", num_latents=M, activation="groupmax", **skip)
     measure("trained", True, num_latents=M)
     measure("trained_transcoder", True, num_latents=M, transcode=True)
     measure("trained_skip_transcoder", True, num_latents=M, transcode=True, skip_connection=True)
@@ -377,6 +384,8 @@ def llamascopium() -> None:
             hook: 1.0 if options.get("norm_activation") == "inference" else D**0.5 / n for hook, n in norms.items()
         }
         into, out = scale[options["hook_point_in"]], scale[options["hook_point_out"]]
+        if options.get("norm_activation") == "token-wise":
+            into = out = D**0.5 / batch().norm(dim=1, keepdim=True)
         if trained:
             train(lambda x: (out * x - module(into * x)).square().sum(1).mean(), module.parameters())
 
@@ -390,10 +399,10 @@ def llamascopium() -> None:
         loaded = SparseDictionary.from_pretrained(str(place))
         shutil.rmtree(place)
         with torch.no_grad():
-            code = loaded.encode(into * batch())
+            code = torch.cat([loaded.encode(row[None]) for row in into * batch()])  # BatchTopK on its own is TopK
             output = loaded.decode(code) / out
             # unweave's codes are in units of the output; where norms decide who is in the top k, times the norm
-            expected = code / out
+            expected = code if isinstance(out, Tensor) else code / out
             if "topk" in options.get("act_fn", "") and options.get("sparsity_include_decoder_norm", True):
                 expected = expected * loaded.decoder_norm()
         keep("llamascopium", case, save, expected, output)
@@ -406,6 +415,11 @@ def llamascopium() -> None:
         measure(f"trained_{activation}", True, act_fn=activation)
     measure("random_no_decoder_bias", act_fn="topk", use_decoder_bias=False)
     measure("random_glu", act_fn="topk", use_glu_encoder=True)
+    measure("random_glu_relu", act_fn="relu", use_glu_encoder=True, **apart)
+    measure("trained_glu", True, act_fn="topk", use_glu_encoder=True)
+    measure("random_batchtopk", act_fn="batchtopk")
+    for activation in ("relu", "jumprelu", "topk"):
+        measure(f"random_{activation}_by_token", act_fn=activation, norm_activation="token-wise")
 
 
 # ---- HypotheSAEs --------------------------------------------------------------------------------------------------

@@ -101,6 +101,10 @@ class Tensors(Mapping[str, Tensor]):
             )
         return self[name]
 
+    def unset(self, name: str) -> bool:
+        """Whether a tensor is not there, or holds NaN alone, which is how some libraries say that there is none."""
+        return name not in self.info or bool(self._raw(name).isnan().all())
+
     def number(self, name: str) -> float:
         """A tensor of one element as a number."""
         if name in self.info and self.info[name].n_values != 1:

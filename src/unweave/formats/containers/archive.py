@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import stat
 import zipfile
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from unweave.errors import UnweaveError
 
+ARCHIVE = b"PK\x03\x04"
 _MAX_MEMBERS = 100_000
 _MAX_RATIO = 200  # weights hardly compress; a thousandfold is what a bomb does
 _HARMLESS = 1 << 20  # small files may be as empty as they like
@@ -17,23 +19,24 @@ _HARMLESS = 1 << 20  # small files may be as empty as they like
 def is_archive(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(4) == b"PK\x03\x04"
+            return file.read(4) == ARCHIVE
     except OSError:
         return False
 
 
-def members(path: Path, stored: bool = False) -> list[zipfile.ZipInfo]:
+def members(path: Path, stored: bool = False, data: BytesIO | None = None) -> list[zipfile.ZipInfo]:
     """The files in an archive.
 
     Args:
-        stored: whether every file has to be uncompressed, as torch writes them.
+        stored: whether every file has to be uncompressed, as torch writes them. data: the archive, where it is not the
+            whole file.
 
     Raises:
         UnweaveError: for a damaged directory, a name that leads out of the folder, a name twice, links, encryption,
             files that overlap or grow beyond reason when unpacked.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path if data is None else data) as archive:
             found = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         raise UnweaveError(f"{path} is not a whole zip archive ({error}); fetch it again") from None
@@ -61,7 +64,7 @@ def members(path: Path, stored: bool = False) -> list[zipfile.ZipInfo]:
         if info.header_offset < end:
             raise _refuse(path, f"{info.filename[:80]!r} overlaps another file")
         end = info.header_offset + info.compress_size
-    if end > path.stat().st_size:
+    if end > (path.stat().st_size if data is None else data.getbuffer().nbytes):
         raise _refuse(path, "it is cut short")
     return found
 

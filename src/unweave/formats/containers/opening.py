@@ -7,13 +7,14 @@ from pathlib import Path
 from unweave.errors import UnweaveError
 from unweave.formats.containers._info import Tensors
 from unweave.formats.containers.archive import is_archive, members
+from unweave.formats.containers.headed import open_headed
 from unweave.formats.containers.npz import open_npz
 from unweave.formats.containers.pickled import open_pickled
 from unweave.formats.containers.safetensors import open_safetensors
 
 
 def open_tensors(path: str | Path) -> Tensors:
-    """The tensors of a safetensors, npz or torch file, none of them read yet.
+    """The tensors of a safetensors, npz or torch file, none of them read yet (but for those after a line of JSON).
 
     Raises:
         UnweaveError: when it is none of these, or damaged, or dangerous.
@@ -31,6 +32,8 @@ def open_tensors(path: str | Path) -> Tensors:
         if names and all(name.endswith(".npy") for name in names):
             return open_npz(path)
         raise UnweaveError(f"{path} is a zip archive without tensors of its own: it holds {', '.join(names[:4])}, ...")
+    if start[:1] == b"{" and int.from_bytes(start[:8], "little") >= 1 << 48:  # no length of a header, but words
+        return open_headed(path)
     if start[8:] == b"{" or path.suffix == ".safetensors":
         return open_safetensors(path)
     return open_pickled(path)  # says what is wrong with it

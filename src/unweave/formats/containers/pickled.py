@@ -7,6 +7,7 @@ everything else; the archive around it is checked first, the tensors' sizes afte
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.formats.containers._info import TensorInfo, Tensors
-from unweave.formats.containers.archive import is_archive, members
+from unweave.formats.containers.archive import ARCHIVE, is_archive, members
 
 _MAX_PICKLE = 1 << 24
 _MAX_DEPTH = 6
@@ -34,27 +35,33 @@ class PickledFile(Tensors):
         return self._tensors[name].detach().clone()  # not a window into a file that may go away
 
 
-def open_pickled(path: Path) -> PickledFile:
+def open_pickled(path: Path, data: BytesIO | None = None) -> PickledFile:
     """The tensors in a file, by name, with dots between the names of nested dictionaries.
 
     The values stay on disk until they are asked for.
 
+    Args:
+        data: what is read instead of the whole file, where only a part of it is such an archive.
+
     Raises:
         UnweaveError: for a file that is more than tensors and plain values, of a torch before 1.6, or damaged.
     """
-    if not is_archive(path):
+    if not (is_archive(path) if data is None else data.getbuffer()[:4] == ARCHIVE):
         raise UnweaveError(
             f"{path} is not an archive as torch >= 1.6 writes it: it is damaged, or a bare pickle, which can run any "
             "program when read. Load it where you trust it and save it again with torch.save or safetensors"
         )
-    found = members(path, stored=True)
+    found = members(path, stored=True, data=data)
     pickles = [i for i in found if i.filename.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE:
         raise UnweaveError(f"{path}: expected one data.pkl of at most {_MAX_PICKLE:,} bytes, as torch.save writes it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if data is not None:
+                data.seek(0)
+            source, mapped = (path, True) if data is None else (data, False)
+            loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever torch's readers raise on damaged files: dozens of kinds
         reason = " ".join(str(error).split())[:160]
         raise UnweaveError(
