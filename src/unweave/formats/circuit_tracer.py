@@ -16,6 +16,7 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
+from unweave.formats.catalogue import Entry
 from unweave.formats.containers import Settings, Tensors
 from unweave.formats.registry import Format, register
 
@@ -34,6 +35,15 @@ class CircuitTracer(Format):
 
     title = "circuit-tracer"
     options: ClassVar[dict[str, str]] = {"k": "of TopK, where neither file nor config.yaml says it"}
+    repositories: ClassVar[dict[str, str]] = {
+        "mwhanna/qwen3-0.6b-transcoders-lowl0": "Qwen/Qwen3-0.6B",
+        "mwhanna/qwen3-1.7b-transcoders-lowl0": "Qwen/Qwen3-1.7B",
+        "mwhanna/qwen3-4b-transcoders": "Qwen/Qwen3-4B",
+        "mwhanna/qwen3-8b-transcoders": "Qwen/Qwen3-8B",
+        "mwhanna/qwen3-14b-transcoders": "Qwen/Qwen3-14B",
+        "mwhanna/qwen3-14b-transcoders-lowl0": "Qwen/Qwen3-14B",
+        "mntss/transcoder-Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
+    }
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(".safetensors")
@@ -85,6 +95,12 @@ class CircuitTracer(Format):
             options={"k": _k(tensors, config, k)} if activation == "topk" else {},
         )
         return with_skip(parts, tensors.read("W_skip", d_out, d_in).T) if "W_skip" in tensors else parts
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        match = _NAME.fullmatch(file)
+        if not match:
+            return None
+        return Entry(self.name, repository, file, target_site=f"layers.{match[1]}.mlp", layer=int(match[1]))
 
     def _open(self, checkpoint: Checkpoint) -> tuple[Tensors, Settings]:
         name = checkpoint.weights(".safetensors") or checkpoint.names[0]
