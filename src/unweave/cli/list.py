@@ -22,7 +22,7 @@ def list_verb(
         list[str] | None,
         typer.Argument(
             metavar="[PATTERN]...",
-            help='Words that must all fit: "*gemma*12b*", transcoder, layer=12, width=16384, k=50. None: all repositories.',
+            help='Words that must all fit: "*gemma*12b*", transcoder, layer=12, k=50. Without: the repositories.',
         ),
     ] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Ask the hub what the repositories hold now.")] = False,

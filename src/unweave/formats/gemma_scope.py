@@ -23,9 +23,10 @@ from unweave.formats.registry import Format, lacking, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
-_SITES = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
-_SITES |= {"resid_post": "layers.{}", "attn_out": "layers.{}.attn.heads", "mlp_out": "layers.{}.mlp"}
+_SITES_1 = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
+_SITES_2 = {"resid_post": "layers.{}", "attn_out": "layers.{}.attn.heads", "mlp_out": "layers.{}.mlp"}
 _REPOSITORY = re.compile(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)")
+_PUBLISHED = {"2b-pt": (*_SITES_1, "transcoders"), "9b-pt": (*_SITES_1,), "9b-it": ("res",), "27b-pt": ("res",)}
 _PLACE = re.compile(r"(?:layer_(\d+)|embedding)/width_(\w+)/average_l0_(\d+)")
 _REPOSITORY_2 = re.compile(r"google/gemma-scope-2-(\w+)-(pt|it)")
 _PLACE_2 = re.compile(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_width_(\w+?)_l0_\w+")
@@ -61,9 +62,7 @@ class GemmaScope(_GemmaScope):
     title = "Gemma Scope"
     checked = "layout"
     repositories: ClassVar[dict[str, None]] = dict.fromkeys(
-        f"google/gemma-scope-{kind}"
-        for kind in ("2b-pt-res", "2b-pt-mlp", "2b-pt-att", "2b-pt-transcoders")
-        + ("9b-pt-res", "9b-pt-mlp", "9b-pt-att", "9b-it-res", "27b-pt-res")
+        f"google/gemma-scope-{kind}-{part}" for kind, parts in _PUBLISHED.items() for part in parts
     )
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
@@ -145,7 +144,7 @@ class GemmaScope2(_GemmaScope):
             return Entry("gemma-scope-2-clt", repository, place, model=model, width=binary(whole[1]))
         if not match or last != "params.safetensors":
             return None
-        layer, pattern = int(match[2]), _SITES.get(match[1])
+        layer, pattern = int(match[2]), _SITES_2.get(match[1])
         site, target_site = (pattern.format(layer), None) if pattern else (None, f"layers.{layer}.mlp")
         facts = {"model": model, "site": site, "target_site": target_site, "layer": layer}
         return Entry(self.name, repository, place, width=binary(match[3]), **facts)
@@ -203,7 +202,7 @@ def _of_repository(path: str, layer: int | None) -> tuple[str | None, str | None
         return model, None, None
     if match[3] == "transcoders":
         return model, None, f"layers.{layer}.mlp"
-    return model, _SITES[match[3]].format(layer), None
+    return model, _SITES_1[match[3]].format(layer), None
 
 
 def _model_2(repository: str) -> str | None:

@@ -21,7 +21,12 @@ _GOODFIRE = {
 }
 _DEEPSEEK = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
 _QWEN_SCOPE = re.compile(r"SAE-Res-(.+)-W(\d+)K-L0_(\d+)")
-_QWEN_SCOPE_SIZES = ("3-1.7B-Base-W32K", "3-8B-Base-W64K", "3.5-2B-Base-W32K", "3.5-9B-Base-W64K", "3.5-27B-W80K")
+_QWEN_SCOPES = [
+    f"{kind}-L0_{k}"
+    for kind in ("3-1.7B-Base-W32K", "3-8B-Base-W64K", "3.5-2B-Base-W32K", "3.5-9B-Base-W64K", "3.5-27B-W80K")
+    for k in (50, 100)
+]
+_QWEN_SCOPES += [f"{size}-A3B-Base-W{w}" for size in ("3-30B", "3.5-35B") for w in ("32K-L0_50", "128K-L0_100")]
 
 
 def _open(checkpoint: Checkpoint) -> Tensors:
@@ -103,14 +108,7 @@ class QwenScope(Format):
 
     title = "Qwen-Scope"
     options: ClassVar[dict[str, str]] = {"k": "features a row: it stands in the repository's name only (L0_50)"}
-    repositories: ClassVar[dict[str, None]] = dict.fromkeys(
-        [f"Qwen/SAE-Res-Qwen{kind}-L0_{k}" for kind in _QWEN_SCOPE_SIZES for k in (50, 100)]
-        + [
-            f"Qwen/SAE-Res-Qwen{size}-A3B-Base-W{w}"
-            for size in ("3-30B", "3.5-35B")
-            for w in ("32K-L0_50", "128K-L0_100")
-        ]
-    )
+    repositories: ClassVar[dict[str, None]] = dict.fromkeys(f"Qwen/SAE-Res-Qwen{kind}" for kind in _QWEN_SCOPES)
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(*_SUFFIXES)

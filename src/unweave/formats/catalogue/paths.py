@@ -25,7 +25,8 @@ def _members(inside: str) -> Iterator[str]:
 def compress(paths: Iterable[str]) -> list[str]:
     """Patterns that stand for these paths and no others; a path with braces in it is left out."""
     # A path is cut into words; two groups of paths that differ in one word only become one, word by word from the end.
-    groups = {tuple((word,) for word in _words(path)) for path in paths if not re.search("[{},]", path)}
+    groups: set[tuple[tuple[str, ...], ...]] = set()
+    groups |= {tuple((word,) for word in _words(path)) for path in paths if not re.search("[{},]", path)}
     for length in {len(group) for group in groups}:
         for slot in reversed(range(length)):
             merged: dict[tuple, set[str]] = {}

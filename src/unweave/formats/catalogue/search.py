@@ -43,7 +43,7 @@ def _of(kind: Lists, repository: str, listing: Listing) -> Iterator[Entry]:
             continue
         if entry.model is None and model is not None:
             entry = replace(entry, model=model, declared=("model", *entry.declared))
-        options = entry.options | listing.options.get(entry.place, {})
+        options = {**entry.options, **listing.options.get(entry.place, {})}
         yield replace(entry, options=options, revision=listing.revision, listed=listing.listed)
 
 
@@ -58,8 +58,8 @@ def list_dictionaries(*patterns: str) -> list[Entry]:
 
     Args:
         patterns: any number of words, all of which must fit, whatever their case. ``layer=12`` is one fact: of model,
-            site, target_site, layer, width, l0, k and format, or ``unknown``. Other words are looked for in names, models and sites:
-            with ``*`` they stand for the whole of it (``*gemma*12b*``), without for a part of it.
+            site, target_site, layer, width, l0, k and format, or ``unknown``. Other words are looked for in names,
+            models and sites: with ``*`` they stand for the whole of it (``*gemma*12b*``), without for a part of it.
 
     Returns:
         list[Entry]: their names go into :func:`unweave.load` and ``unweave inspect``. No weights were looked at.
