@@ -29,6 +29,8 @@ SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 class Format:
     """One library's files. A new format is one file: a subclass with ``recognise``, ``inspect`` and ``parts``.
 
+    With ``repositories`` and ``named`` the catalogue lists what is on the hub of it.
+
     Attributes:
         title: whose it is. checked: against the library itself ("library"), or only its documented layout ("layout").
         options: what a user may say in ``load(x, ...)`` where the files do not, with a line of help each.
@@ -39,7 +41,7 @@ class Format:
     title: ClassVar[str]
     checked: ClassVar[Literal["library", "layout"]] = "layout"
     options: ClassVar[dict[str, str]] = {}
-    repositories: Mapping[str, str | None] = {}
+    repositories: ClassVar[Mapping[str, str | None]] = {}
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         """How sure it is, from 0 to 1, that a checkpoint is of this format; None for no. Never raises."""

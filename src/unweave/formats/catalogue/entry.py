@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 _SUFFIX = re.compile(r"(\.sae)?\.(pt|pth|npz|safetensors)$")
 FACTS = ("model", "site", "target_site", "layer", "width", "l0", "k")
@@ -63,7 +63,7 @@ class Entry:
 class Lists(Protocol):
     """What the catalogue asks of a format."""
 
-    repositories: Mapping[str, str | None]
+    repositories: ClassVar[Mapping[str, str | None]]
 
     def named(self, repository: str, file: str) -> Entry | None: ...
 

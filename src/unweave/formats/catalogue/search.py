@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,17 @@ from unweave.formats.catalogue.entry import FACTS, KNOWN, Entry, Lists
 from unweave.formats.catalogue.listings import Listing, listings
 from unweave.formats.catalogue.paths import natural
 
-_held: tuple[dict[str, Listing], dict[str, Entry]] = ({}, {})  # the entries last made, and of which listings
+
+@dataclass(frozen=True)
+class _Made:
+    """Entries, by their names and hub ids in small letters too, and the listings they were made of."""
+
+    listings: dict[str, Listing]
+    entries: list[Entry]
+    called: dict[str, Entry]
+
+
+_made = _Made({}, [], {})
 
 
 def entries() -> list[Entry]:
@@ -23,16 +33,21 @@ def entries() -> list[Entry]:
     Raises:
         UnweaveError: when the cached listing is damaged.
     """
-    global _held
+    return list(_all().entries)
+
+
+def _all() -> _Made:
+    global _made
     held = listings()
-    if held is not _held[0]:
-        made = {}
+    if held is not _made.listings:
+        found: dict[str, Entry] = {}
         for kind in KNOWN.values():
             for repository in kind.repositories:
                 if repository in held:
-                    made |= {entry.name: entry for entry in _of(kind, repository, held[repository])}
-        _held = held, made
-    return list(_held[1].values())
+                    found |= {entry.name: entry for entry in _of(kind, repository, held[repository])}
+        called = {name.casefold(): entry for entry in found.values() for name in (entry.hub_id, entry.name)}
+        _made = _Made(held, list(found.values()), called)
+    return _made
 
 
 def _of(kind: Lists, repository: str, listing: Listing) -> Iterator[Entry]:
@@ -115,14 +130,12 @@ def find(name: str) -> Entry | None:
         UnweaveError: when the name begins like one of the catalogue's and goes on like none.
     """
     wanted = name.casefold().removeprefix("hf://").rstrip("/")
-    first = wanted.partition("/")[0]
-    beside: list[str] = []
-    for entry in entries():
-        if wanted in (entry.name.casefold(), entry.hub_id.casefold()):
-            return entry
-        if entry.name.casefold().startswith(f"{first}/"):
-            beside.append(entry.name)
-    if beside and "/" in wanted:
+    called = _all().called
+    if wanted in called:
+        return called[wanted]
+    first, slash, _ = wanted.partition("/")
+    beside = [entry.name for entry in entries() if slash and entry.name.casefold().startswith(f"{first}/")]
+    if beside:
         raise UnweaveError(
             f"nothing is at {name}, and the catalogue has no such dictionary: {near_names(name, beside)} "
             "`unweave list` shows them all; what was added since is found by its hub id, owner/repository/folder"
