@@ -40,7 +40,7 @@ def test_a_table_of_what_fits() -> None:
     assert header.split() == ["name", "width", "L0", "k", "site", "model", "format"]
     name = "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
     assert row.split() == [name, "16,384", "82", "-", "layers.12", "google/gemma-2-2b", "gemma-scope"]
-    assert "1 dictionaries in 1 repositories" in result.stderr
+    assert "1 dictionary in 1 repository, listed by sae-lens" in result.stderr
 
 
 def test_long_tables_are_cut_and_say_so() -> None:

@@ -265,13 +265,22 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 def test_refresh_lists_what_the_hub_holds(hub: Callable[[dict], None]) -> None:
     before = len(catalogue.list_dictionaries("W64K"))
-    odd = ["README.md", ".gitattributes", "layer7.sae.pt/x", "Layer 1 {a,b}.sae.pt", "layers/ü.json", "state.pt"]
+    odd = [
+        "../layer1/sae.safetensors",
+        "layers.10\x1b[31m/sae.safetensors",
+        "README.md",
+        ".gitattributes",
+        "layer7.sae.pt/x",
+        "Layer 1 {a,b}.sae.pt",
+        "layers/ü.json",
+        "state.pt",
+    ]
     clt = [f"clt/width_262k_l0_big/params_layer_{i}.safetensors" for i in range(4)]
     hub(
         {
             QWEN: [*odd, *(f"layer{i}.sae.pt" for i in range(30))],
             "google/gemma-scope-2-1b-it": [*odd, *clt, "resid_post/layer_3_width_16k_l0_small/params.safetensors"],
-            "EleutherAI/sae-llama-3-8b-32x": ["layers.10/sae.safetensors", "layers.10/cfg.json", "config.json"],
+            "EleutherAI/sae-llama-3-8b-32x": [*odd, "layers.10/sae.safetensors", "layers.10/cfg.json", "config.json"],
             "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50": 403,  # gated
         }
     )
@@ -286,7 +295,7 @@ def test_refresh_lists_what_the_hub_holds(hub: Callable[[dict], None]) -> None:
         "gemma-scope-2-1b-it/clt/width_262k_l0_big": "gemma-scope-2-clt",
         "gemma-scope-2-1b-it/resid_post/layer_3_width_16k_l0_small": "gemma-scope-2",
     }
-    assert entry("sae-llama-3-8b-32x/layers.10").layer == 10
+    assert [e.place for e in unweave.list_dictionaries("sae-llama-3-8b-32x")] == ["layers.10"]
     assert "EleutherAI/sae-llama-3-8b-32x" not in catalogue.unlisted()
     assert len(catalogue.list_dictionaries("W64K")) == before  # what is refused keeps what was known of it
 

@@ -84,7 +84,9 @@ def _print(names: list[str], n_whole: int, rows: list[tuple[str, ...]]) -> None:
 
 def _closing(found: list[Entry], n_shown: int, unlisted: list[str]) -> None:
     repositories = len({entry.repository for entry in found})
-    say(f"{len(found):,} dictionaries in {repositories} repositories, listed by {_sources(found)}; - is unknown")
+    held = f"{len(found):,} {'dictionary' if len(found) == 1 else 'dictionaries'}"
+    place = f"{repositories} {'repository' if repositories == 1 else 'repositories'}"
+    say(f"{held} in {place}, listed by {_sources(found)}; - is unknown")
     if n_shown < len(found):
         say(f"{n_shown} of them are shown: --limit 0 shows all")
     if unlisted:

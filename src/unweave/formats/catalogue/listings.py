@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -17,6 +18,7 @@ from unweave.progress import track
 
 SNAPSHOT = Path(__file__).parent / "snapshot.json"
 VERSION = 1
+_ORDINARY = re.compile(r"(?!.*\.\.)[\w.=+:-]+(/[\w.=+:-]+)*")
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ def refresh() -> Refreshed:
                 failed[repository] = str(error)
                 records |= {repository: before[repository]} if repository in before else {}
             else:
-                # Pictures, settings and training states are not kept.
-                held = compress(file for file in files if kind.named(repository, file))
+                # Pictures, settings and training states are not kept, nor names that are no name to load.
+                held = compress(file for file in files if _ORDINARY.fullmatch(file) and kind.named(repository, file))
                 records[repository] = {"listed": f"the hub, {today()}", "revision": revision, "files": held}
             bar.advance()
     if len(failed) == len(known):
