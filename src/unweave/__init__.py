@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from unweave.errors import UnweaveError as UnweaveError
     from unweave.evaluation import evaluate as evaluate
     from unweave.features import FeatureStore as FeatureStore
+    from unweave.formats import list_dictionaries as list_dictionaries
     from unweave.interventions import splice as splice
     from unweave.runs import Run as Run
     from unweave.runs import load as load
@@ -61,6 +62,7 @@ _HOME = {
     "evaluate": "evaluation",
     "fit": "training",
     "harvest": "activations",
+    "list_dictionaries": "formats",
     "load": "runs",
     "read_documents": "sources",
     "register": "dictionaries",

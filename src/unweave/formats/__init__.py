@@ -1,5 +1,6 @@
 """Other libraries' checkpoints: recognised by their content, read into unweave's dictionaries, written again."""
 
+from unweave.formats import catalogue as catalogue
 from unweave.formats import circuit_tracer as circuit_tracer
 from unweave.formats import circuit_tracer_clt as circuit_tracer_clt
 from unweave.formats import crosscoders as crosscoders
@@ -20,6 +21,7 @@ from unweave.formats._checkpoint import Checkpoint as Checkpoint
 from unweave.formats._facts import Facts as Facts
 from unweave.formats._fold import Parts as Parts
 from unweave.formats._fold import fold as fold
+from unweave.formats.catalogue import list_dictionaries as list_dictionaries
 from unweave.formats.registry import Format as Format
 from unweave.formats.registry import get as get
 from unweave.formats.registry import holds_weights as holds_weights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unweave.errors import UnweaveError
 
-_ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)((?:/[\w.=+-]+)*)/?")
+_ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)((?:/[\w.=+:-]+)*)/?")
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -32,6 +32,9 @@ def fetch(name: str) -> Path:
         ) from None
     repository, inside = match[1], match[2].strip("/")
     patterns = [inside, f"{inside}/*"] if inside else None
+    if patterns and inside.endswith((".pt", ".pth", ".safetensors")):  # a file: its settings lie beside it
+        beside = inside.rpartition("/")[0]
+        patterns += [f"{beside}/{kind}".lstrip("/") for kind in ("*.json", "*.yaml")]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the hub's errors come from several packages

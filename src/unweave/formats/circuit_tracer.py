@@ -15,6 +15,7 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
+from unweave.formats.catalogue import Entry
 from unweave.formats.containers import Settings, Tensors
 from unweave.formats.registry import Format, register
 
@@ -35,6 +36,15 @@ class CircuitTracer(Format):
     title = "circuit-tracer"
     checked = "library"
     options: ClassVar[dict[str, str]] = {"k": "makes it TopK, which its files do not say"}
+    repositories: ClassVar[dict[str, str]] = {
+        "mwhanna/qwen3-0.6b-transcoders-lowl0": "Qwen/Qwen3-0.6B",
+        "mwhanna/qwen3-1.7b-transcoders-lowl0": "Qwen/Qwen3-1.7B",
+        "mwhanna/qwen3-4b-transcoders": "Qwen/Qwen3-4B",
+        "mwhanna/qwen3-8b-transcoders": "Qwen/Qwen3-8B",
+        "mwhanna/qwen3-14b-transcoders": "Qwen/Qwen3-14B",
+        "mwhanna/qwen3-14b-transcoders-lowl0": "Qwen/Qwen3-14B",
+        "mntss/transcoder-Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
+    }
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         layers = _layers(checkpoint)
@@ -89,6 +99,12 @@ class CircuitTracer(Format):
             options={"k": _k(tensors, config, k)} if activation == "topk" else {},
         )
         return with_skip(parts, tensors.read("W_skip", d_out, d_in).T) if "W_skip" in tensors else parts
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        match = _NAME.fullmatch(file)
+        if not match:
+            return None
+        return Entry(self.name, repository, file, target_site=f"layers.{match[1]}.mlp", layer=int(match[1]))
 
     def _open(self, checkpoint: Checkpoint) -> tuple[Tensors, Settings]:
         name = next(iter(_layers(checkpoint)), checkpoint.names[0])

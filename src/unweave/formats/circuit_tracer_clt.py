@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -12,6 +13,7 @@ from unweave.files import write_tensors, write_text
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._cross_layer import Layer, cross_layer, layers_of
 from unweave.formats._facts import Facts
+from unweave.formats.catalogue import Entry
 from unweave.formats.circuit_tracer import in_a_layer
 from unweave.formats.containers import Settings
 from unweave.formats.registry import Format, register
@@ -27,6 +29,11 @@ class CircuitTracerCLT(Format):
 
     title = "circuit-tracer's CLT"
     checked = "library"
+    repositories: ClassVar[dict[str, str]] = {
+        "mntss/clt-gemma-2-2b-426k": "google/gemma-2-2b",
+        "mntss/clt-gemma-2-2b-2.5M": "google/gemma-2-2b",
+        "mntss/clt-llama-3.2-1b-524k": "meta-llama/Llama-3.2-1B",
+    }
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         found = checkpoint.find("W_enc_0.safetensors") and checkpoint.find("W_dec_0.safetensors")
@@ -56,6 +63,9 @@ class CircuitTracerCLT(Format):
 
     def parts(self, checkpoint: Checkpoint) -> Dictionary:
         return cross_layer([_layer(checkpoint, i) for i in range(_n_layers(checkpoint))], checkpoint.called)
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        return Entry(self.name, repository) if file == "W_enc_0.safetensors" else None
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
         for i, layer in enumerate(layers_of(dictionary, self.title, "relu", "jumprelu")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,10 +16,12 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts, site_of_module
 from unweave.formats._fold import Parts
 from unweave.formats._plain import plain
+from unweave.formats.catalogue import Entry
 from unweave.formats.containers import Settings, Tensors
 from unweave.formats.registry import Format, lacking, register
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+_BENCH = "saebench_gemma-2-2b_width-2pow"
 # What tells the classes apart is the names of their tensors.
 _KEYS = {
     "AutoEncoder": {"bias", "encoder.weight", "encoder.bias", "decoder.weight"},
@@ -50,6 +53,16 @@ class DictionaryLearning(Format):
     options: ClassVar[dict[str, str]] = {
         "dict_class": f"the library's class, where config.json does not say: {', '.join(_KEYS)}"
     }
+
+    repositories: ClassVar[dict[str, str]] = {
+        "canrager/lm_sae": "EleutherAI/pythia-70m-deduped",
+        "andyrdt/saes-llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+        "andyrdt/saes-qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+        "andyrdt/saes-gpt-oss-20b": "openai/gpt-oss-20b",
+        f"adamkarvonen/{_BENCH}12_date-0108": "google/gemma-2-2b",
+    }
+    repositories |= dict.fromkeys((f"canrager/{_BENCH}{n}_date-1109" for n in (12, 14, 16)), "google/gemma-2-2b")
+    repositories |= dict.fromkeys((f"canrager/{_BENCH}{n}_date-0107" for n in (14, 16)), "google/gemma-2-2b")
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = self._weights(checkpoint)
@@ -94,6 +107,16 @@ class DictionaryLearning(Format):
             notes=tuple(notes),
             missing=missing,
         )
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        """What was saved during training, beside the finished ones, is left out."""
+        match = re.fullmatch(rf"((?:.*/)?resid_post_layer_(\d+)/trainer_\d+)/{re.escape(WEIGHTS)}", file)
+        if not match:
+            return None
+        place, layer = match.groups()
+        width = re.search(r"width-2pow(\d+)", repository)
+        facts = {"site": f"layers.{layer}", "layer": int(layer), "width": 2 ** int(width[1]) if width else None}
+        return Entry(self.name, repository, place, **facts)
 
     def parts(self, checkpoint: Checkpoint, dict_class: str | None = None) -> Parts:
         tensors, trainer, _ = self._open(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,12 +16,21 @@ from unweave.formats._cross_layer import Layer, cross_layer
 from unweave.formats._facts import Facts, site_of_module
 from unweave.formats._fold import Parts, with_skip
 from unweave.formats._plain import plain
+from unweave.formats.catalogue import Entry
+from unweave.formats.catalogue.entry import binary, number
 from unweave.formats.containers import Settings, Tensors
 from unweave.formats.registry import Format, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
-_SITES = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
+_SITES_1 = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
+_SITES_2 = {"resid_post": "layers.{}", "attn_out": "layers.{}.attn.heads", "mlp_out": "layers.{}.mlp"}
+_REPOSITORY = re.compile(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)")
+_PUBLISHED = {"2b-pt": (*_SITES_1, "transcoders"), "9b-pt": (*_SITES_1,), "9b-it": ("res",), "27b-pt": ("res",)}
+_PLACE = re.compile(r"(?:layer_(\d+)|embedding)/width_(\w+)/average_l0_(\d+)")
+_REPOSITORY_2 = re.compile(r"google/gemma-scope-2-(\w+)-(pt|it)")
+_PLACE_2 = re.compile(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_width_(\w+?)_l0_\w+")
+_PLACE_CLT = re.compile(r"clt/width_(\w+?)_l0_\w+")
 
 
 class _GemmaScope(Format):
@@ -51,6 +61,9 @@ class GemmaScope(_GemmaScope):
 
     title = "Gemma Scope"
     checked = "library"
+    repositories: ClassVar[dict[str, None]] = dict.fromkeys(
+        f"google/gemma-scope-{kind}-{part}" for kind, parts in _PUBLISHED.items() for part in parts
+    )
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(".npz")
@@ -58,24 +71,29 @@ class GemmaScope(_GemmaScope):
 
     def inspect(self, checkpoint: Checkpoint) -> Facts:
         path = _path(checkpoint)
-        repository = re.search(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)", "/".join(path))
         layer, l0 = _number(path, "layer_"), _number(path, "average_l0_")
-        model, site = None, None
-        if repository:
-            model = f"google/gemma-2-{repository[1]}" + ("-it" if repository[2] == "it" else "")
-            site = _SITES.get(repository[3], "").format(layer) if layer is not None else None
-        transcodes = bool(repository and repository[3] == "transcoders")
+        model, site, target_site = _of_repository("/".join(path), layer)
         return _facts(
             self.name,
             checkpoint,
             model=model,
-            site=site or None,
-            target_site=f"layers.{layer}.mlp" if transcodes and layer is not None else None,
+            site=site,
+            target_site=target_site,
             context={"average L0": l0, "BOS": "prepended, as the models expect"},
             notes=("reads what the second norm gives the MLP, writes what is added to the stream",)
-            if transcodes
+            if target_site
             else (),
         )
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        place, _, last = file.rpartition("/")
+        match = _PLACE.fullmatch(place)
+        if not match or last != "params.npz":
+            return None
+        layer = number(match[1])
+        model, site, target_site = _of_repository(repository, layer)
+        facts = {"model": model, "site": site, "target_site": target_site, "layer": layer}
+        return Entry(self.name, repository, place, width=binary(match[2]), l0=int(match[3]), **facts)
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
         p = plain(dictionary, self.title, "jumprelu")
@@ -92,6 +110,9 @@ class GemmaScope2(_GemmaScope):
 
     title = "Gemma Scope 2"
     checked = "library"
+    repositories: ClassVar[dict[str, None]] = dict.fromkeys(
+        f"google/gemma-scope-2-{size}-{tuned}" for size in ("270m", "1b", "4b", "12b", "27b") for tuned in ("pt", "it")
+    )
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         name = checkpoint.weights(".safetensors")
@@ -115,6 +136,19 @@ class GemmaScope2(_GemmaScope):
             context={"L0": config.get("l0", object)},
             missing=missing,
         )
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        """Its L0 is small, medium or big in the name; which number that is stands in its settings."""
+        place, _, last = file.rpartition("/")
+        match, whole, model = _PLACE_2.fullmatch(place), _PLACE_CLT.fullmatch(place), _model_2(repository)
+        if whole and re.fullmatch(r"(params_)?layer_0\.safetensors", last):
+            return Entry("gemma-scope-2-clt", repository, place, model=model, width=binary(whole[1]))
+        if not match or last != "params.safetensors":
+            return None
+        layer, pattern = int(match[2]), _SITES_2.get(match[1])
+        site, target_site = (pattern.format(layer), None) if pattern else (None, f"layers.{layer}.mlp")
+        facts = {"model": model, "site": site, "target_site": target_site, "layer": layer}
+        return Entry(self.name, repository, place, width=binary(match[3]), **facts)
 
 
 @register("gemma-scope-2-clt")
@@ -158,6 +192,27 @@ class GemmaScope2CLT(Format):
         return cross_layer(
             [_layer(checkpoint.tensors(layers[i]), i, len(layers)) for i in sorted(layers)], checkpoint.called
         )
+
+
+def _of_repository(path: str, layer: int | None) -> tuple[str | None, str | None, str | None]:
+    """The model, site and target site of a dictionary of Gemma Scope 1, where its repository's name is in the path."""
+    match = _REPOSITORY.search(path)
+    if not match:
+        return None, None, None
+    model = f"google/gemma-2-{match[1]}" + ("-it" if match[2] == "it" else "")
+    if layer is None:
+        return model, None, None
+    if match[3] == "transcoders":
+        return model, None, f"layers.{layer}.mlp"
+    return model, _SITES_1[match[3]].format(layer), None
+
+
+def _model_2(repository: str) -> str | None:
+    match = _REPOSITORY_2.fullmatch(repository)
+    if not match:
+        return None
+    size, tuned = match.groups()
+    return f"google/gemma-3-{size}" if (size, tuned) == ("270m", "pt") else f"google/gemma-3-{size}-{tuned}"
 
 
 def _layers(checkpoint: Checkpoint) -> dict[int, str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from unweave.errors import UnweaveError
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts, site_of_hook
 from unweave.formats._fold import Parts
+from unweave.formats.catalogue import Entry
 from unweave.formats.containers import Settings, Tensors
 from unweave.formats.registry import Format, register
 
+_BASE, _DISTILLED = "meta-llama/Llama-3.1-8B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+_D_MODEL = 4096  # of Llama 3.1 8B; names give the width as a multiple of it
+_SITES = {"R": "layers.{}", "M": "layers.{}.mlp", "A": "layers.{}.attn"}
 _KEYS = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
 
 
@@ -23,6 +28,9 @@ class LlamaScope(Format):
     """
 
     title = "Llama Scope"
+    repositories: ClassVar[dict[str, str]] = dict.fromkeys(
+        (f"fnlp/Llama3_1-8B-Base-LX{part}-{times}x" for part in _SITES for times in (8, 32)), _BASE
+    )
     _WEIGHTS = "final.safetensors"
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
@@ -36,8 +44,7 @@ class LlamaScope(Format):
             missing = f"Llama Scope with the activation {activation!r} is not known"
         elif config.get("use_glu_encoder", bool, False):
             missing = "its encoder has a second matrix (GLU), which unweave has no architecture for"
-        facts = _facts(self.name, "jumprelu", tensors, config, missing)
-        return facts
+        return _facts(self.name, tensors, config, missing, _BASE)
 
     def parts(self, checkpoint: Checkpoint) -> Parts:
         config, tensors = checkpoint.settings("hyperparams.json"), self._open(checkpoint)
@@ -50,6 +57,14 @@ class LlamaScope(Format):
             d**0.5 / norms.need("out", float),
             raw_threshold=True,
         )
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        match = re.fullmatch(rf"(Llama3_1-8B-Base-L(\d+)([RMA])-(\d+)x)/checkpoints/{self._WEIGHTS}", file)
+        if not match:
+            return None
+        place, layer, part, times = match.groups()
+        facts = {"site": _SITES[part].format(layer), "layer": int(layer), "width": int(times) * _D_MODEL}
+        return Entry(self.name, repository, place, name=place, **facts)
 
     def _inner(self, checkpoint: Checkpoint) -> Checkpoint | None:
         folder = checkpoint.folder / "checkpoints"
@@ -70,6 +85,7 @@ class LlamaScopeR1(Format):
     """
 
     title = "Llama Scope R1-Distill"
+    repositories: ClassVar[dict[str, str]] = {"fnlp/Llama-Scope-R1-Distill": _DISTILLED}
     options: ClassVar[dict[str, str]] = {
         "norm": "the average norm of the activations, by which rows are scaled to sqrt(d)"
     }
@@ -81,7 +97,7 @@ class LlamaScopeR1(Format):
     def inspect(self, checkpoint: Checkpoint, norm: float | None = None) -> Facts:
         config, tensors = self._open(checkpoint)
         missing = None if norm is not None else "the average norm of its activations is not in its files: give norm="
-        return _facts(self.name, "jumprelu", tensors, config, missing)
+        return _facts(self.name, tensors, config, missing, _DISTILLED)
 
     def parts(self, checkpoint: Checkpoint, norm: float | None = None) -> Parts:
         _, tensors = self._open(checkpoint)
@@ -89,23 +105,29 @@ class LlamaScopeR1(Format):
         scale = d**0.5 / float(norm or 0.0) if norm else 0.0
         return _parts(tensors, tensors.read("log_jumprelu_threshold", n_features).exp(), scale, scale)
 
+    def named(self, repository: str, file: str) -> Entry | None:
+        match = re.fullmatch(r"([\w-]+/L(\d+)R)/sae_weights\.safetensors", file)
+        if not match:
+            return None
+        return Entry(self.name, repository, match[1], site=f"layers.{match[2]}", layer=int(match[2]))
+
     def _open(self, checkpoint: Checkpoint) -> tuple[Settings, Tensors]:
         found = checkpoint.beside("config.json")
         config = checkpoint.settings("config.json") if found else Settings({}, "config.json")
         return config, checkpoint.tensors("sae_weights.safetensors")
 
 
-def _facts(format: str, architecture: str, tensors: Tensors, config: Settings, missing: str | None) -> Facts:
+def _facts(format: str, tensors: Tensors, config: Settings, missing: str | None, model: str) -> Facts:
     n_features, d = tensors.shape("encoder.weight", 2)
     hook, target = config.get("hook_point_in", str), config.get("hook_point_out", str)
     return Facts(
         format,
-        architecture,
+        "jumprelu",
         d_in=d,
         d_out=d,
         n_features=n_features,
         dtype=tensors.info["encoder.weight"].dtype,
-        model="meta-llama/Llama-3.1-8B",
+        model=model,
         site=site_of_hook(hook),
         target_site=site_of_hook(target) if target != hook else None,
         hook=hook,

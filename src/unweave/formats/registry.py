@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -17,6 +17,8 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts, fold
 from unweave.formats._hub import fetch, looks_like_hub_id
+from unweave.formats.catalogue import Entry, find, resolve
+from unweave.formats.catalogue.entry import KNOWN
 from unweave.formats.containers import is_archive, members, unpack
 
 F = TypeVar("F", bound="type[Format]")
@@ -27,15 +29,19 @@ SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 class Format:
     """One library's files. A new format is one file: a subclass with ``recognise``, ``inspect`` and ``parts``.
 
+    With ``repositories`` and ``named`` the catalogue lists what is on the hub of it.
+
     Attributes:
         title: whose it is. checked: against the library itself ("library"), or only its documented layout ("layout").
         options: what a user may say in ``load(x, ...)`` where the files do not, with a line of help each.
+        repositories: those on the hub that are known to hold such files, and the model where no name says it.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     checked: ClassVar[Literal["library", "layout"]] = "layout"
     options: ClassVar[dict[str, str]] = {}
+    repositories: ClassVar[Mapping[str, str | None]] = {}
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         """How sure it is, from 0 to 1, that a checkpoint is of this format; None for no. Never raises."""
@@ -53,6 +59,10 @@ class Format:
         made = self.parts(checkpoint, **options)
         return fold(made) if isinstance(made, Parts) else made.eval()
 
+    def named(self, repository: str, file: str) -> Entry | None:
+        """What the names of a known repository and of a file in it say of a dictionary; None if it holds none."""
+        return None
+
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
         """Write what the library loads.
 
@@ -68,6 +78,7 @@ def register(name: str) -> Any:
     def add(kind: F) -> F:
         kind.name = name
         _FORMATS[name] = kind()  # pyright: ignore[reportArgumentType]
+        KNOWN[name] = _FORMATS[name]
         return kind
 
     return add
@@ -125,14 +136,14 @@ def recognised(thing: str | Path) -> str | None:
 
 
 def holds_weights(thing: str | Path) -> bool:
-    """Whether it is worth asking for a checkpoint there: a file or folder of tensors, a hub id."""
+    """Whether it is worth asking for a checkpoint there: a file or folder of tensors, a hub id, a catalogue's name."""
     path = Path(thing)
     if path.is_dir():
         return any(p.suffix in SUFFIXES for pattern in ("*", "*/*") for p in path.glob(pattern))
     if path.is_file():
         return path.suffix in SUFFIXES or is_archive(path)
     in_archive = any(p.is_file() for p in path.parents)
-    return in_archive or (isinstance(thing, str) and looks_like_hub_id(thing))
+    return in_archive or (isinstance(thing, str) and (looks_like_hub_id(thing) or find(thing) is not None))
 
 
 @contextmanager
@@ -169,7 +180,8 @@ def load(thing: str | Path, *, format: str | None = None, **options: Any) -> Dic
     """A dictionary out of another library's checkpoint (or unweave's own), for raw activation rows.
 
     Args:
-        thing: a folder, a file, a path into a zip archive, or a hub id (``owner/repository/folder``).
+        thing: a folder, a file, a path into a zip archive, a hub id (``owner/repository/folder``), or a name that
+            :func:`unweave.list_dictionaries` gives.
         format: which format it is, where its content does not tell.
         options: what its files do not say, such as ``k``; each format has its own.
 
@@ -179,6 +191,7 @@ def load(thing: str | Path, *, format: str | None = None, **options: Any) -> Dic
     Raises:
         UnweaveError: when nothing is recognised, files are broken, or unweave lacks the architecture.
     """
+    thing, options = resolve(thing, options)
     with opened(thing) as checkpoint:
         kind = get(format) if format else recognise(checkpoint)
         facts = kind.inspect(checkpoint, **_known(kind, options))
@@ -193,6 +206,7 @@ def inspect(thing: str | Path, *, format: str | None = None, **options: Any) -> 
     Raises:
         UnweaveError: when nothing is recognised or files are broken.
     """
+    thing, options = resolve(thing, options)
     with opened(thing) as checkpoint:
         kind = get(format) if format else recognise(checkpoint)
         return kind.inspect(checkpoint, **_known(kind, options))

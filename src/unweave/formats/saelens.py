@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts, hook_of_site, site_of_hook
 from unweave.formats._fold import Parts
 from unweave.formats._plain import plain
+from unweave.formats.catalogue import Entry
+from unweave.formats.catalogue.entry import number
 from unweave.formats.containers import Settings
 from unweave.formats.registry import Format, lacking, register
 
@@ -41,6 +44,32 @@ _CONTEXT = (
     "sae_lens_version",
     "neuronpedia_id",
 )
+# Repositories on the hub: the model, and the hook where their folders name only the layer.
+_GPT2, _PYTHIA, _GEMMA_2 = "openai-community/gpt2", "EleutherAI/pythia-70m-deduped", "google/gemma-2-2b"
+_REPOSITORIES = {
+    "jbloom/GPT2-Small-SAEs-Reformatted": (_GPT2, None),
+    "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8": (_GPT2, None),
+    "tommmcgrath/gpt2-small-mlp-out-saes": (_GPT2, None),
+    "jbloom/Gemma-2b-Residual-Stream-SAEs": ("google/gemma-2b", None),
+    "jbloom/Gemma-2b-IT-Residual-Stream-SAEs": ("google/gemma-2b-it", None),
+    "Juliushanhanhan/llama-3-8b-it-res": ("meta-llama/Meta-Llama-3-8B-Instruct", None),
+    "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40": (_GEMMA_2, None),
+    "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60": ("google/gemma-2-9b", None),
+    "chanind/gemma-3-1b-batch-topk-matryoshka-saes-w-32k-l0-40": ("google/gemma-3-1b-pt", None),
+}
+_REPOSITORIES |= {
+    f"jbloom/GPT2-Small-OAI-v5-{width}k-{part}-SAEs": (_GPT2, f"hook_{part.replace('-', '_')}")
+    for width in (32, 128)
+    for part in ("attn-out", "mlp-out", "resid-mid", "resid-post")
+}
+_REPOSITORIES |= {
+    f"neuronpedia/gpt2-small__res_{kind}-ajt": (_GPT2, "hook_resid_pre")
+    for kind in ("sce", "scefr", "scl", "sle", "slefr", "sll")
+}
+_REPOSITORIES |= {
+    f"ctigges/pythia-70m-deduped__{part}-sm_processed": (_PYTHIA, hook)
+    for part, hook in (("att", "hook_attn_out"), ("mlp", "hook_mlp_out"), ("res", "hook_resid_post"))
+}
 
 
 @register("saelens")
@@ -59,6 +88,8 @@ class SAELens(Format):
     options: ClassVar[dict[str, str]] = {
         "norm_scaling_factor": "what activations were multiplied with, for expected_average_only_in that is not folded"
     }
+
+    repositories: ClassVar[dict[str, str]] = {name: model for name, (model, _) in _REPOSITORIES.items()}
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         return 0.95 if checkpoint.find(CONFIG) and checkpoint.find(WEIGHTS) else None
@@ -98,6 +129,27 @@ class SAELens(Format):
             context={name: config.any(name) for name in _CONTEXT},
             notes=tuple(notes),
             missing=missing,
+        )
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        place, _, last = file.rpartition("/")
+        if not place or last != WEIGHTS:
+            return None
+        hook = re.search(r"blocks\.(\d+)\.(hook_[a-z]+_[a-z]+)(?:_(\d+))?", place)
+        layer = hook or re.search(r"(?:^|layer_)(\d+)(?:$|-|\.)", place)
+        declared = _REPOSITORIES[repository][1]
+        name = hook[2] if hook else declared
+        width = re.search(r"(?:^v5_|-w-)(\d+)k", place) or re.search(r"-w-(\d+)k", repository)
+        l0 = re.search(r"-l0-(\d+)$", repository)
+        return Entry(
+            self.name,
+            repository,
+            place,
+            site=site_of_hook(f"blocks.{layer[1]}.{name}") if layer else None,
+            layer=int(layer[1]) if layer else None,
+            width=number(hook[3]) if hook and hook[3] else 1024 * int(width[1]) if width else None,
+            l0=number(l0[1]) if l0 else None,
+            declared=() if hook or not layer else ("site",),
         )
 
     def parts(self, checkpoint: Checkpoint, norm_scaling_factor: float | None = None) -> Parts | Dictionary:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import ClassVar
 
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
@@ -11,6 +13,8 @@ from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts, site_of_module
 from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
+from unweave.formats.catalogue import Entry
+from unweave.formats.catalogue.entry import binary
 from unweave.formats.containers import Settings
 from unweave.formats.registry import Format, register
 
@@ -28,6 +32,15 @@ class Sparsify(Format):
 
     title = "sparsify"
     checked = "library"
+    repositories: ClassVar[dict[str, str]] = {
+        "EleutherAI/sae-llama-3-8b-32x": "meta-llama/Meta-Llama-3-8B",
+        "EleutherAI/sae-llama-3-8b-32x-v2": "meta-llama/Meta-Llama-3-8B",
+        "EleutherAI/sae-Llama-3.2-1B-131k": "meta-llama/Llama-3.2-1B",
+        "EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "EleutherAI/sae-pythia-160m-32k": "EleutherAI/pythia-160m",
+        "EleutherAI/sae-pythia-160m-deduped-32k": "EleutherAI/pythia-160m-deduped",
+        "EleutherAI/sae-pythia-410m-65k": "EleutherAI/pythia-410m",
+    }
 
     def recognise(self, checkpoint: Checkpoint) -> float | None:
         return 0.95 if checkpoint.find(CONFIG) and checkpoint.find(WEIGHTS) else None
@@ -59,6 +72,21 @@ class Sparsify(Format):
             context={"dataset": run.get("dataset", object), "context size": run.get("ctx_len", object)},
             notes=("from the input of that module to its output",) if transcodes else (),
             missing=missing,
+        )
+
+    def named(self, repository: str, file: str) -> Entry | None:
+        """Whether it transcodes, which decides between site and target site, stands in its settings alone."""
+        place, _, last = file.rpartition("/")
+        layer = re.search(r"\b(?:layers|h)\.(\d+)", place)
+        if not place or last != WEIGHTS:
+            return None
+        width = re.search(r"-(\d+k)$", repository)
+        return Entry(
+            self.name,
+            repository,
+            place,
+            layer=int(layer[1]) if layer else None,
+            width=binary(width[1]) if width else None,
         )
 
     def parts(self, checkpoint: Checkpoint) -> Parts:

@@ -13,6 +13,7 @@ from torch import Tensor
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.formats._fold import Parts, fold
+from unweave.formats.catalogue import resolve
 from unweave.formats.registry import Format, get, opened, recognise
 from unweave.metrics import fvu
 
@@ -63,6 +64,7 @@ def verify(
     """
     if l0 is None and fvu is None:
         raise UnweaveError("verify needs something to compare with: the declared l0=, fvu=, or both")
+    thing, options = resolve(thing, options)
     with opened(thing) as checkpoint:
         kind = get(format) if format else recognise(checkpoint)
         facts = kind.inspect(checkpoint, **options)
