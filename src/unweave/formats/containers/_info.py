@@ -101,6 +101,15 @@ class Tensors(Mapping[str, Tensor]):
             )
         return self[name]
 
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows ``first`` to ``stop`` of a tensor in the dtype it lies there in; unsigned integers as int64."""
+        if name not in self.info:
+            self[name]
+        return self._slice(name, first, stop)
+
+    def _slice(self, name: str, first: int, stop: int) -> Tensor:
+        return self._raw(name)[first:stop]
+
     def number(self, name: str) -> float:
         """A tensor of one element as a number."""
         if name in self.info and self.info[name].n_values != 1:
