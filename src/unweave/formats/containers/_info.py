@@ -102,10 +102,10 @@ class Tensors(Mapping[str, Tensor]):
         return self[name]
 
     def rows(self, name: str, first: int, stop: int) -> Tensor:
-        """Rows ``first`` to ``stop`` of a tensor in the dtype it lies there in; unsigned integers as int64."""
+        """Rows ``first`` to ``stop`` (or the end) in the dtype they lie there in; unsigned integers as int64."""
         if name not in self.info:
             self[name]
-        return self._slice(name, first, stop)
+        return self._slice(name, first, min(stop, self.info[name].shape[0]))
 
     def _slice(self, name: str, first: int, stop: int) -> Tensor:
         return self._raw(name)[first:stop]

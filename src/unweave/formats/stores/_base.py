@@ -85,18 +85,22 @@ class ForeignRows(ForeignStore, Source):
     """Activations that another library stored, as a source: what can be harvested, trained on and measured.
 
     Attributes:
-        n_rows: how many there are, or at most are. dtype: of the rows. data: what the files say of where they came
-            from, JSON-able.
+        width, dtype: of the rows. n_rows: how many there are, or at most are. data: what the files say of where they
+            came from, JSON-able.
     """
 
-    d_in: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    width: int
     n_rows: int
     dtype: str
     data: dict[str, Any]
 
     @property
+    def d_in(self) -> int:
+        return self.width
+
+    @property
     def d_out(self) -> int:
-        return self.d_in
+        return self.width
 
     @abstractmethod
     def _files(self) -> list[Path]:
@@ -179,8 +183,18 @@ def contexts(
     offsets[1:] = real.sum(1).cumsum(0)
     ids = torch.full((n, t), -1, dtype=torch.int32) if tokens is None else tokens.to(torch.int32)
     items = Items(ids[real], offsets, torch.arange(first, first + n), torch.zeros(n, dtype=torch.int32))
-    chosen = rows.reshape(-1, d) if bool(keep.all()) else rows[keep]
+    chosen = rows.reshape(n * t, d) if bool(keep.all()) else rows[keep]
     return ActivationBatch(chosen, chosen, items, keep[real].nonzero().flatten())
+
+
+def check_tokens(path: Path, tokens: Tensor) -> Tensor:
+    """Token ids as int64, refused where they are none."""
+    tokens = tokens.long()
+    if bool((tokens < 0).any()) or bool((tokens >= 1 << 31).any()):
+        raise UnweaveError(
+            f"{path}: expected token ids from 0 to 2^31 - 1, found {int(tokens.min())}..{int(tokens.max())}"
+        )
+    return tokens
 
 
 def check_size(path: Path, what: str, *sizes: int) -> int:

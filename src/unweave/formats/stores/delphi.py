@@ -20,7 +20,7 @@ from unweave.errors import UnweaveError
 from unweave.files import atomic_path, write_json
 from unweave.formats._facts import site_of_module
 from unweave.formats.containers import Settings, Tensors, open_tensors, read_settings
-from unweave.formats.stores._base import ForeignStore, check_size, contexts, names_in, numbered
+from unweave.formats.stores._base import ForeignStore, check_size, check_tokens, contexts, names_in, numbered
 from unweave.formats.stores.registry import register
 from unweave.progress import track
 
@@ -201,10 +201,7 @@ class Latents(ForeignStore):
     def _tokens(self, a: int, b: int) -> Tensor | None:
         for _, _, tensors in self._splits:
             if "tokens" in tensors:
-                tokens = tensors.rows("tokens", a, b).long()
-                if bool((tokens < 0).any()) or bool((tokens >= 1 << 31).any()):
-                    raise UnweaveError(f"{tensors.path}: expected token ids from 0 to 2^31 - 1")
-                return tokens
+                return check_tokens(tensors.path, tensors.rows("tokens", a, b))
         return None
 
     def _codes(self, a: int, b: int) -> SparseCode:
@@ -312,12 +309,12 @@ def _spread(
                 lengths |= set(batch.items.offsets.diff().unique().tolist())
                 ids.write(batch.items.tokens.numpy().astype("i8").tobytes())
                 value = code.values.float().numpy()
+                if not np.isfinite(value).all():
+                    raise UnweaveError("the codes hold NaN or infinity: look at the dictionary's weights and its input")
                 kept = np.abs(value) > _SMALLEST
                 entries = np.empty(int(kept.sum()), _ENTRY)
                 entries["place"] = (batch.row_token[code.rows].numpy() + n_tokens)[kept]
                 entries["latent"], entries["value"] = code.indices.numpy()[kept], value[kept]
-                if not np.isfinite(entries["value"]).all():
-                    raise UnweaveError("the codes hold NaN or infinity: look at the dictionary's weights and its input")
                 entries = entries[np.lexsort((entries["latent"], entries["place"]))]
                 split = np.searchsorted(borders, entries["latent"], side="right")
                 for i, file in enumerate(files.values()):

@@ -14,7 +14,7 @@ from unweave.batch import ActivationBatch
 from unweave.errors import UnweaveError
 from unweave.formats._facts import site_of_hook
 from unweave.formats.containers import Tensors, open_tensors
-from unweave.formats.stores._base import ForeignRows, check_size, contexts, names_in, numbered
+from unweave.formats.stores._base import ForeignRows, check_size, check_tokens, contexts, names_in, numbered
 from unweave.formats.stores.registry import register
 
 _CHUNK = r"(?:shard-(\d+)-)?chunk-(\d+)\.(?:safetensors|pt)"
@@ -64,8 +64,8 @@ class LlamascopiumChunks(ForeignRows):
                     f"{self.folder / name}: expected {kinds[0][0]} contexts of {kinds[0][1:]} as in the chunks before "
                     f"it, found {kind[0]} of {kind[1:]}: chunks of two caches in one folder?"
                 )
-        self.dtype, self.context_size, self.d_in = kinds[0]
-        check_size(self.folder, "contexts", self.context_size, self.d_in)
+        self.dtype, self.context_size, self.width = kinds[0]
+        check_size(self.folder, "contexts", self.context_size, self.width)
         self.tokens = "kept"
         self.n_rows = sum(n for _, n in self._chunks) * self.context_size
         meta = _meta(self._chunks[0][0])
@@ -90,10 +90,8 @@ class LlamascopiumChunks(ForeignRows):
         t = self.context_size
         for a in range(skip * self.per_batch, n, self.per_batch):
             b = min(a + self.per_batch, n)
-            rows = tensors.rows("activation", a, b).reshape(b - a, t, self.d_in)
-            tokens = tensors.rows("tokens", a, b).reshape(b - a, t).long()
-            if bool((tokens < 0).any()) or bool((tokens >= 1 << 31).any()):
-                raise UnweaveError(f"{path}: expected token ids from 0 to 2^31 - 1")
+            rows = tensors.rows("activation", a, b).reshape(b - a, t, self.width)
+            tokens = check_tokens(path, tensors.rows("tokens", a, b)).reshape(b - a, t)
             masks = {
                 name: tensors.rows(name, a, b).reshape(b - a, t) != 0 if name in tensors else torch.ones(b - a, t) > 0
                 for name in ("mask", "attention_mask")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from unweave.batch import ActivationBatch
 from unweave.errors import UnweaveError
 from unweave.formats._facts import site_of_hook
 from unweave.formats.containers import Settings, read_settings
-from unweave.formats.stores._base import ForeignRows, check_size, contexts, names_in
+from unweave.formats.stores._base import ForeignRows, check_size, check_tokens, contexts, names_in
 from unweave.formats.stores.registry import register
 
 _TOKENS, _INFO, _STATE, _RUNNER = "token_ids", "dataset_info.json", "state.json", "cache_activations_runner_cfg.json"
@@ -53,14 +53,17 @@ class SAELensCache(ForeignRows):
         self.hook = hook or next(iter(found))
         if self.hook not in found:
             raise UnweaveError(f"{self.folder} holds no column {self.hook!r}: it holds {', '.join(found)}")
-        (self.context_size, self.d_in), self.dtype = found[self.hook]
-        check_size(self.folder, f"contexts in {self.hook!r}", self.context_size, self.d_in)
+        (self.context_size, self.width), self.dtype = found[self.hook]
+        check_size(self.folder, f"contexts in {self.hook!r}", self.context_size, self.width)
         runner = read_settings(self.folder / _RUNNER) if (self.folder / _RUNNER).is_file() else Settings({}, _RUNNER)
         self.model, self.site = runner.get("model_name", str), site_of_hook(self.hook)
         self.data = {"hook": self.hook, "name": runner.get("dataset_path", str)}
         self.data = {key: value for key, value in self.data.items() if value is not None}
-        self.without = torch.tensor(self.given.get("without", list, []), dtype=torch.int64)
-        there = all(_TOKENS in _schema(path).names for path in self._files())
+        without = self.given.get("without", list, [])
+        if not all(type(token) is int for token in without):
+            raise UnweaveError(f"without: expected token ids such as [0, 50256], found {str(without)[:80]}")
+        self.without = torch.tensor(without, dtype=torch.int64)
+        there = all(_TOKENS in _schema(path)[0] for path in self._files())
         self.tokens = "kept" if there else "unknown"
         if len(self.without) and not there:
             raise UnweaveError(f"{self.folder} holds no token ids, so without= cannot be told from the others")
@@ -87,8 +90,9 @@ class SAELensCache(ForeignRows):
         start = skip * self.per_batch
         for size, batch in _record_batches(path, columns):
             if at + size > start:
+                whole = batch()
                 for a in range(max(0, start - at), size, self.per_batch):
-                    piece = batch().slice(a, self.per_batch)
+                    piece = whole.slice(a, self.per_batch)
                     waiting.append(self._tensors(path, piece, at + a))
                     held += len(piece)
                     while held >= self.per_batch:
@@ -99,13 +103,11 @@ class SAELensCache(ForeignRows):
             yield self._batch(waiting, held, first + start)
 
     def _tensors(self, path: Path, piece: Any, first: int) -> tuple[Tensor, Tensor | None]:
-        rows = _array(piece.column(self.hook), (self.context_size, self.d_in), f"{path}, {self.hook!r}", first)
+        rows = _array(piece.column(self.hook), (self.context_size, self.width), f"{path}, {self.hook!r}", first)
         if self.tokens != "kept":
             return rows, None
         tokens = _array(piece.column(_TOKENS), (self.context_size,), f"{path}, {_TOKENS!r}", first)
-        if tokens.is_floating_point() or bool((tokens < 0).any()) or bool((tokens >= 1 << 31).any()):
-            raise UnweaveError(f"{path}: expected token ids from 0 to 2^31 - 1 in {_TOKENS!r}")
-        return rows, tokens
+        return rows, check_tokens(path, tokens)
 
     def _batch(self, waiting: list[tuple[Tensor, Tensor | None]], n: int, first: int) -> ActivationBatch:
         """The first ``n`` contexts that wait, taken away."""
@@ -114,7 +116,7 @@ class SAELensCache(ForeignRows):
         tokens = torch.cat(ids) if ids else None
         waiting[:] = [(rows[n:], None if tokens is None else tokens[n:])] if len(rows) > n else []
         tokens = None if tokens is None else tokens[:n]
-        keep = None if tokens is None or not len(self.without) else ~torch.isin(tokens.long(), self.without)
+        keep = None if tokens is None or not len(self.without) else ~torch.isin(tokens, self.without)
         return contexts(rows[:n], tokens, first, keep)
 
 
@@ -143,9 +145,8 @@ def _features(folder: Path) -> Settings:
     if (folder / _INFO).is_file() and (folder / _STATE).is_file():
         return read_settings(folder / _INFO).section("features")
     for path in _data_files(folder) if not (folder / _STATE).is_file() else []:
-        described = (_schema(path).metadata or {}).get(b"huggingface", b"{}")
         try:
-            info = json.loads(described)
+            info = json.loads(_schema(path)[1])
         except (ValueError, RecursionError):
             info = None
         return Settings(info if isinstance(info, dict) else {}, str(path)).section("info").section("features")
@@ -168,31 +169,37 @@ def _columns(features: Settings) -> dict[str, tuple[tuple[int, int], str]]:
     return found
 
 
-def _schema(path: Path) -> Any:
+def _schema(path: Path) -> tuple[list[str], bytes]:
+    """The names of a file's columns, and what ``datasets`` says of them."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         if path.suffix == ".parquet":
-            return parquet.read_schema(path)
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-            return stream.schema
+            schema = parquet.read_schema(path)
+        else:
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                schema = stream.schema
+        return schema.names, (schema.metadata or {}).get(b"huggingface", b"{}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
-def _record_batches(path: Path, columns: list[str]) -> Iterator[tuple[int, Any]]:
+def _record_batches(path: Path, columns: list[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
     """The record batches of a file in order: the number of contexts, and a function that gives them, checked."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    missing = set(columns) - set(_schema(path).names)
+    missing = set(columns) - set(_schema(path)[0])
     if missing:
         raise UnweaveError(f"{path}: expected a column {sorted(missing)[0]!r}: its file is of another cache")
 
-    def checked(batch: Any) -> Any:
-        found = batch.select(columns)
-        found.validate(full=True)  # offsets that lead out of a buffer would be read all the same
+    def checked(read: Callable[[], Any]) -> Any:
+        try:
+            found = read().select(columns)
+            found.validate(full=True)  # offsets that lead out of a buffer would be read all the same
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _damaged(path, error) from None
         return found
 
     try:
@@ -200,7 +207,7 @@ def _record_batches(path: Path, columns: list[str]) -> Iterator[tuple[int, Any]]
             with parquet.ParquetFile(path, memory_map=True) as file:
                 for group in range(file.num_row_groups):
                     n = file.metadata.row_group(group).num_rows
-                    yield n, lambda group=group: checked(file.read_row_group(group, columns).combine_chunks())
+                    yield n, partial(checked, partial(file.read_row_group, group, columns))
             return
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - len(_END)))
@@ -208,7 +215,7 @@ def _record_batches(path: Path, columns: list[str]) -> Iterator[tuple[int, Any]]
                 raise UnweaveError(f"{path} does not end as an Arrow stream does: it is cut short, copy it again")
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             for batch in stream:
-                yield batch.num_rows, lambda batch=batch: checked(batch)
+                yield batch.num_rows, partial(checked, lambda batch=batch: batch)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 

@@ -70,15 +70,16 @@ class SaevShards(ForeignRows):
             raise UnweaveError(f"{self.folder} holds no layer {self.layer}: it holds {layers}")
         self.at, self.n_layers = layers.index(self.layer), len(layers)
         self.cls_token = metadata.need("cls_token", bool)
-        self.content, self.d_in = (metadata.size(_known(metadata, names)) for names in (_CONTENT, _WIDTH))
+        self.content, self.width = (metadata.size(_known(metadata, names)) for names in (_CONTENT, _WIDTH))
         self.context_size = self.content + self.cls_token
         self.with_cls = self.given.get("cls", bool, False)
         if self.with_cls and not self.cls_token:
             raise UnweaveError(f"{self.folder} holds no CLS tokens: leave cls out")
-        check_size(self.folder, "an example", self.n_layers, self.context_size, self.d_in)
+        check_size(self.folder, "an example", self.n_layers, self.context_size, self.width)
         self._shards = self._find_shards(metadata)
         self.dtype = "float32"
-        self.model, self.site = metadata.get(_known(metadata, _CHECKPOINT), str), f"layers.{self.layer}"
+        self.model = metadata.get(_known(metadata, _CHECKPOINT), str)
+        self.site = f"layers.{self.layer}" if self.layer >= 0 else None  # -2: counted from an end nobody names
         self.n_rows = sum(n for _, n in self._shards) * (self.content + self.with_cls)
         self.data = {"layer": self.layer, "protocol": protocol, "name": metadata.get("dataset", str)}
         self.data = {key: value for key, value in self.data.items() if value is not None}
@@ -101,7 +102,7 @@ class SaevShards(ForeignRows):
                 f"{self.folder}: expected {wanted:,} examples as {_METADATA} says, found {there:,} in its shards: the "
                 "dump was cut off. Run it to its end, or change the number in the metadata to keep these"
             )
-        shards, example = [], self.n_layers * self.context_size * self.d_in * _ITEM
+        shards, example = [], self.n_layers * self.context_size * self.width * _ITEM
         for i, n in enumerate(counts):
             path = self.folder / f"acts{i:06d}.bin"
             size = path.stat().st_size if path.is_file() else None
@@ -124,7 +125,7 @@ class SaevShards(ForeignRows):
             first += n
 
     def _read(self, path: Path, n: int, first: int, skip: int) -> Iterator[ActivationBatch]:
-        shape = (n, self.n_layers, self.context_size, self.d_in)
+        shape = (n, self.n_layers, self.context_size, self.width)
         try:
             shard = np.memmap(path, dtype="<f4", mode="r", shape=shape)
         except (OSError, ValueError) as error:
