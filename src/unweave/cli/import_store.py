@@ -47,8 +47,8 @@ def import_store(
         dtype=dtype,  # pyright: ignore[reportArgumentType]
         dictionary=dictionary,
         model=model,
+        options=apply_overrides({}, option or []),
         say=say,
-        **apply_overrides({}, option or []),
     )
     then = f"look at it with: unweave open {out}"
     if not isinstance(made, Run):

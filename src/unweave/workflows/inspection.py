@@ -64,6 +64,11 @@ def _run(folder: Path) -> tuple[str, Rows]:
             ("site", run.recipe["source"]["site"]),
             ("text", _named(run.recipe["data"]["documents"])),
         ]
+    source = run.provenance.get("source") or {}
+    if source.get("kind") == "imported":
+        model = source.get("model") or {}
+        rows += [("codes of", source["library"]), ("model", model.get("name", "unknown"))]
+        rows.append(("site", source.get("site", "unknown")))
     for name, entry in (run.evaluation or {}).get("metrics", {}).items():
         if entry.get("value") is not None:
             known = entry["low"] is not None

@@ -36,8 +36,8 @@ def import_store(
     dtype: Literal["int8"] | None = None,
     dictionary: str | Path | None = None,
     model: str | None = None,
+    options: Mapping[str, Any] | None = None,
     say: Say = print,
-    **options: Any,
 ) -> ActivationStore | Run:
     """Turn another library's store into unweave's own, which everything reads.
 
@@ -58,8 +58,8 @@ def import_store(
     Raises:
         UnweaveError: as for opening, for what does not fit the kind of store, and while reading for broken values.
     """
-    named = {"model": model} if model is not None else {}
-    source = stores.open_store(folder, format=format, **named, **options)
+    named = {} if model is None else {"model": model}
+    source = stores.open_store(folder, **{"format": format, **(options or {}), **named})
     if isinstance(source, Latents):
         if n_rows is not None or dtype is not None:
             raise UnweaveError(f"{folder} holds codes, and all of them are read: leave rows and dtype out")

@@ -110,6 +110,7 @@ class ForeignRows(ForeignStore, Source):
     def provenance(self) -> dict[str, Any]:
         known = {"model": {"name": self.model} if self.model else None, "site": self.site}
         found = {key: value for key, value in known.items() if value is not None}
+        options = {name: value for name, value in self.given.items() if name not in known}
         unknown = [key for key in known if key not in found] + (["tokens"] if self.tokens == "unknown" else [])
         return {
             "kind": "imported",
@@ -118,7 +119,7 @@ class ForeignRows(ForeignStore, Source):
             **({"target_site": self.site} if self.site else {}),
             "dtype": self.dtype,
             "context_size": self.context_size,
-            "options": {name: value for name, value in self.given.items() if name not in ("model", "site")},
+            **({"options": options} if options else {}),
             "data": {**self.data, "files": self._digest},
             **({"unknown": unknown} if unknown else {}),
         }

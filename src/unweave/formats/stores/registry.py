@@ -32,7 +32,7 @@ def recognised(folder: str | Path) -> str | None:
     return next((name for name in names() if _STORES[name].recognise(Path(folder))), None)
 
 
-def open_store(folder: str | Path, *, format: str | None = None, **options: Any) -> ForeignStore:
+def open_store(folder: str | Path, /, *, format: str | None = None, **options: Any) -> ForeignStore:
     """A store of another library; settings and headers are read and checked, no values yet.
 
     Args:
