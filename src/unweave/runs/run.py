@@ -161,10 +161,6 @@ class Run:
         folder = self.folder / "features"
         return FeatureStore.open(folder) if folder.is_dir() else None
 
-    @property
-    def n_features(self) -> int:
-        return self.features.n_features if self.features and not self.has_dictionary else self.dictionary.n_features
-
     # ---- the model --------------------------------------------------------------------------------------------
 
     @cached_property
@@ -263,7 +259,7 @@ class Run:
 
     def _dictionary_words(self) -> str:
         if not self.has_dictionary:
-            return f"codes of {self.n_features:,} features, without their dictionary"
+            return f"codes of {len(self.features or ()):,} features, without their dictionary"
         return f"{self.dictionary.name}, {self.dictionary.d_in} -> {self.dictionary.n_features:,} features"
 
     def __repr__(self) -> str:

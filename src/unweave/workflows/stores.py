@@ -169,11 +169,18 @@ def export_latents(
         coded,
         n_features,
         model=model or (of.get("name") if isinstance(of, Mapping) else None),
-        data={"dataset_repo": str((provenance.get("data") or {}).get("spec") or "")},
+        data=_dataset(provenance.get("data")),
         n_splits=n_splits,
         context_size=context_size,
         n_rows=n_rows,
     )
+
+
+def _dataset(data: Any) -> dict[str, str]:
+    """What delphi's config calls the data, as far as it is known."""
+    known = data if isinstance(data, Mapping) else {}
+    kept = {key: str(value) for key, value in known.items() if key.startswith("dataset_")}
+    return kept or {"dataset_repo": str(known.get("spec") or known.get("name") or "")}
 
 
 @torch.no_grad()

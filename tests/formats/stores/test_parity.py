@@ -105,5 +105,6 @@ def test_an_imported_store_is_one_as_any_other(tmp_path: Path) -> None:
     harvest(source, tmp_path / "store", n_rows=source.n_rows)
     store = ActivationStore.open(tmp_path / "store")
     dictionary = unweave.fit(store, arch="topk", n_features=16, k=2, epochs=2, batch_size=32)
+    unweave.fit(source, arch="topk", n_features=16, k=2, n_rows=64, batch_size=32)  # without a copy
     found = unweave.evaluate(dictionary, store, n_rows=60, baselines=False, n_bootstrap=10, progress=False)
     assert found["l0"] == 2

@@ -27,8 +27,7 @@ class ForeignStore:
     """One folder of another library. A new format is one file: a subclass that knows its files by their content.
 
     Attributes:
-        title: whose it is. holds: activation rows or codes. checked: against the library itself ("library"), or only
-            its documented layout ("layout").
+        title: whose it is. holds: activation rows or codes.
         options: what a user may say where the files do not, with a line of help each; ``model`` and ``site`` always.
         model, site: as far as known, the site in unweave's words. context_size: tokens of a context. tokens: whether
             their ids are there; "none" for what is no text.
@@ -37,7 +36,6 @@ class ForeignStore:
     name: ClassVar[str]
     title: ClassVar[str]
     holds: ClassVar[Literal["activations", "codes"]] = "activations"
-    checked: ClassVar[Literal["library", "layout"]] = "layout"
     options: ClassVar[dict[str, str]] = {}
 
     model: str | None = None

@@ -27,6 +27,7 @@ from unweave.progress import track
 _CONFIG, _SPLIT = "config.json", r"(\d+)_(\d+)\.safetensors"
 _ENTRIES = 1 << 20  # codes handled at once
 _WINDOW = 32  # tokens of an example, delphi's default: its contexts are cut into such windows
+_MAX_CONTEXTS = 1 << 24  # where no tokens say how many there are
 _SMALLEST = 1e-5  # delphi keeps no code nearer to zero
 _ENTRY = np.dtype([("place", "i8"), ("latent", "i4"), ("value", "f4")])
 
@@ -43,7 +44,6 @@ class Latents(ForeignStore):
 
     title = "delphi"
     holds = "codes"
-    checked = "library"
     options: ClassVar[dict[str, str]] = {"context_size": "tokens of a context, where none are stored"}
 
     @classmethod
@@ -162,7 +162,7 @@ class Latents(ForeignStore):
             for a in range(0, tensors.info["locations"].shape[0], _ENTRIES):
                 found = tensors.rows("locations", a, a + _ENTRIES).numpy()
                 contexts_ = found[:, 0]
-                limit = (self._n_contexts or 1 << 31, self.context_size, end - start)
+                limit = (self._n_contexts or _MAX_CONTEXTS, self.context_size, end - start)
                 if (found < 0).any() or (found >= limit).any():
                     bad = int(((found < 0) | (found >= limit)).any(1).argmax())
                     raise UnweaveError(

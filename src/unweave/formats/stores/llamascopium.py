@@ -33,7 +33,6 @@ class LlamascopiumChunks(ForeignRows):
     """
 
     title = "llamascopium"
-    checked = "library"
 
     @classmethod
     def recognise(cls, folder: Path) -> bool:

@@ -32,7 +32,6 @@ class SAELensCache(ForeignRows):
     """
 
     title = "SAELens"
-    checked = "library"
     options: ClassVar[dict[str, str]] = {
         "hook": "which column, of several",
         "without": "token ids that give no row, such as [0, 50256]",

@@ -13,7 +13,7 @@ import torch
 from unweave.batch import ActivationBatch
 from unweave.errors import UnweaveError
 from unweave.formats.containers import Settings, read_settings
-from unweave.formats.stores._base import ForeignRows, check_size, contexts
+from unweave.formats.stores._base import ForeignRows, check_size, contexts, names_in
 from unweave.formats.stores.registry import register
 
 _METADATA, _SHARDS = "metadata.json", "shards.json"
@@ -35,7 +35,6 @@ class SaevShards(ForeignRows):
     """
 
     title = "saev"
-    checked = "library"
     tokens: Literal["kept", "unknown", "none"] = "none"
     options: ClassVar[dict[str, str]] = {
         "layer": "which layer, of several",
@@ -81,8 +80,8 @@ class SaevShards(ForeignRows):
         self.model = metadata.get(_known(metadata, _CHECKPOINT), str)
         self.site = f"layers.{self.layer}" if self.layer >= 0 else None  # -2: counted from an end nobody names
         self.n_rows = sum(n for _, n in self._shards) * (self.content + self.with_cls)
-        self.data = {"layer": self.layer, "protocol": protocol, "name": metadata.get("dataset", str)}
-        self.data = {key: value for key, value in self.data.items() if value is not None}
+        self.data = {"layer": self.layer, "protocol": protocol, "name": Path(metadata.get("dataset", str, "")).name}
+        self.data = {key: value for key, value in self.data.items() if value != ""}
 
     def _find_shards(self, metadata: Settings) -> list[tuple[Path, int]]:
         """Every shard and its examples, each file there in full length."""
@@ -96,6 +95,12 @@ class SaevShards(ForeignRows):
         else:
             if "protocol" in metadata:
                 raise UnweaveError(f"{self.folder / _SHARDS} is missing: the dump was not finished or not copied whole")
+            n_files = sum(name.startswith("acts") for name in names_in(self.folder))
+            if wanted > n_files * per_shard:
+                raise UnweaveError(
+                    f"{self.folder}: expected shards for {wanted:,} examples as {_METADATA} says, found {n_files} of "
+                    f"{per_shard:,} each: copy the folder again, with all its acts files"
+                )
             counts = [min(per_shard, wanted - first) for first in range(0, wanted, per_shard)]
         if (there := sum(counts)) != wanted:
             raise UnweaveError(
