@@ -119,7 +119,7 @@ def test_saelens_with_several_hooks_and_no_tokens(fixed: bool, tmp_path: Path) -
     assert source.provenance["unknown"] == ["model", "tokens"]
     store = harvest(source, tmp_path / "store", n_rows=source.n_rows)
     assert np.array_equal(store.rows(slice(None)).numpy(), rows["blocks.2.hook_resid_pre"].reshape(-1, 4))
-    with pytest.raises(UnweaveError, match="holds no token ids, so without="):
+    with pytest.raises(UnweaveError, match="holds no token ids: leave without"):
         stores.open_store(tmp_path / "cache", hook="blocks.1.hook_resid_pre", without=[0])
 
 
@@ -201,6 +201,22 @@ def test_items_of_unequal_length_are_joined_and_cut(tmp_path: Path) -> None:
         stores.write_latents(tmp_path / "raw" / "x", [(batch, code)], 11, context_size=8, n_splits=1)
     )
     assert (again.context_size, again.n_contexts, again.site) == (8, 10, None)
+
+
+def test_latents_without_their_tokens(tmp_path: Path) -> None:
+    batch, code = coded([8] * 5)
+    folder = stores.write_latents(tmp_path / "raw" / "layers.5", [(batch, code)], 11, model="gpt2", n_splits=2)
+    for path in folder.glob("*.safetensors"):
+        save_file({name: values for name, values in load_file(path).items() if name != "tokens"}, path)
+    latents: Any = stores.open_store(folder)
+    assert (latents.tokens, latents.n_contexts, latents.provenance["unknown"]) == ("unknown", 5, ["tokens"])
+    ((there, found),) = latents.batches()
+    assert there.items.tokens.unique().tolist() == [-1]
+    assert torch.equal(found.dense(), by_token(batch, code))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UnweaveError, match="say how long a context is"):
+        stores.open_store(folder)
+    assert stores.open_store(folder, context_size=8).provenance["unknown"] == ["model", "tokens"]
 
 
 def test_values_too_large_for_half_precision_stay_whole(tmp_path: Path) -> None:

@@ -72,6 +72,21 @@ class ForeignStore:
         """
         raise NotImplementedError
 
+    def _origin(self, **more: Any) -> dict[str, Any]:
+        """Provenance: what is known of the place, ``more``, and what is unknown."""
+        known = {"model": {"name": self.model} if self.model else None, "site": self.site}
+        unknown = [name for name, value in known.items() if value is None]
+        unknown += ["tokens"] if self.tokens == "unknown" else []
+        return {
+            "kind": "imported",
+            "library": self.name,
+            **{name: value for name, value in known.items() if value is not None},
+            **({"target_site": self.site} if self.site else {}),
+            "context_size": self.context_size,
+            **more,
+            **({"unknown": unknown} if unknown else {}),
+        }
+
     def facts(self) -> list[tuple[str, str]]:
         """Names and values for a card."""
         shown = [("library", self.title), ("holds", self.holds), ("model", self.model or UNKNOWN)]
@@ -106,21 +121,9 @@ class ForeignRows(ForeignStore, Source):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        known = {"model": {"name": self.model} if self.model else None, "site": self.site}
-        found = {key: value for key, value in known.items() if value is not None}
-        options = {name: value for name, value in self.given.items() if name not in known}
-        unknown = [key for key in known if key not in found] + (["tokens"] if self.tokens == "unknown" else [])
-        return {
-            "kind": "imported",
-            "library": self.name,
-            **found,
-            **({"target_site": self.site} if self.site else {}),
-            "dtype": self.dtype,
-            "context_size": self.context_size,
-            **({"options": options} if options else {}),
-            "data": {**self.data, "files": self._digest},
-            **({"unknown": unknown} if unknown else {}),
-        }
+        options = {name: value for name, value in self.given.items() if name not in ("model", "site")}
+        data = {**self.data, "files": self._digest}
+        return self._origin(dtype=self.dtype, data=data, **({"options": options} if options else {}))
 
     @cached_property
     def _digest(self) -> dict[str, Any]:

@@ -126,18 +126,8 @@ class Latents(ForeignStore):
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the codes came from, as far as the files say."""
-        data = {key: self.config[key] for key in self.config if key.startswith("dataset_")}
-        known = {"model": {"name": self.model} if self.model else None, "site": self.site}
-        return {
-            "kind": "imported",
-            "library": "delphi",
-            **{key: value for key, value in known.items() if value is not None},
-            **({"target_site": self.site} if self.site else {}),
-            "hookpoint": self.hookpoint,
-            "context_size": self.context_size,
-            "data": {"name": data.get("dataset_repo") or None, **data},
-            "unknown": [key for key in known if known[key] is None] + ([] if self.tokens == "kept" else ["tokens"]),
-        }
+        data = {key: value for key, value in self.config.items() if key.startswith("dataset_")}
+        return self._origin(hookpoint=self.hookpoint, data={"name": data.get("dataset_repo") or None, **data})
 
     def facts(self) -> list[tuple[str, str]]:
         n = "" if self._n_contexts is None else f" over {self._n_contexts * self.context_size:,} tokens"
@@ -161,7 +151,7 @@ class Latents(ForeignStore):
             before = 0
             for a in range(0, tensors.info["locations"].shape[0], _ENTRIES):
                 found = tensors.rows("locations", a, a + _ENTRIES).numpy()
-                contexts_ = found[:, 0]
+                numbers = found[:, 0]
                 limit = (self._n_contexts or _MAX_CONTEXTS, self.context_size, end - start)
                 if (found < 0).any() or (found >= limit).any():
                     bad = int(((found < 0) | (found >= limit)).any(1).argmax())
@@ -169,10 +159,10 @@ class Latents(ForeignStore):
                         f"{tensors.path}: expected locations below {limit} (context, position, latent), found "
                         f"{tuple(found[bad].tolist())} as entry {a + bad}: it is damaged or of another cache"
                     )
-                if contexts_[0] < before or (np.diff(contexts_) < 0).any():
+                if numbers[0] < before or (np.diff(numbers) < 0).any():
                     raise UnweaveError(f"{tensors.path}: expected locations in the order of contexts, as delphi writes")
-                before = int(contexts_[-1])
-                more = np.bincount(contexts_, minlength=len(of))
+                before = int(numbers[-1])
+                more = np.bincount(numbers, minlength=len(of))
                 of = np.pad(of, (0, len(more) - len(of))) + more
             counts.append(of)
         n = max(map(len, counts))

@@ -65,7 +65,7 @@ class SAELensCache(ForeignRows):
         there = all(_TOKENS in _schema(path)[0] for path in self._files())
         self.tokens = "kept" if there else "unknown"
         if len(self.without) and not there:
-            raise UnweaveError(f"{self.folder} holds no token ids, so without= cannot be told from the others")
+            raise UnweaveError(f"{self.folder} holds no token ids: leave without= out")
         self.n_rows = sum(n for _, n in self._counts) * self.context_size
 
     def _files(self) -> list[Path]:
