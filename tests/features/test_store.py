@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unweave.errors import UnweaveError
-from unweave.features import FeatureStore
+from unweave.features import FeatureStore, build_features_of_codes
 
 
 def test_codes_and_items_cover_every_token(hand_made):
@@ -141,3 +141,26 @@ def test_the_manifest_tells_the_dictionary(hand_made, planted):
     same = torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0], [0, 0, 2.0, 0], [-1.0, 0, 0, 0]])
     assert fingerprint(planted.dictionary(torch.zeros(1, 4), same)) == facts
     assert fingerprint(planted.dictionary(torch.zeros(1, 4), same * 2)) != facts
+
+
+def test_batches_give_every_item_with_the_codes_of_its_rows(hand_made, monkeypatch):
+    monkeypatch.setattr("unweave.features.store._TOKENS", 4)
+    batches = list(hand_made.batches())
+    assert [len(batch.items) for batch, _ in batches] == [1, 1, 1]
+    tokens = torch.cat([batch.items.tokens for batch, _ in batches])
+    assert torch.equal(tokens, hand_made.items.tokens)
+    assert [len(code) for _, code in batches] == [6, 3, 4]  # the first token has no row
+    assert batches[0][0].row_token.tolist() == [1, 2, 3, 4, 5, 6]
+    dense = torch.cat([code.dense() for _, code in batches])
+    assert torch.equal(dense, hand_made.codes.dense().float()[torch.from_numpy(hand_made.columns["has_row"]).bool()])
+
+
+def test_built_from_its_own_codes_a_store_says_the_same_of_them(hand_made, content, tmp_path):
+    words = [hand_made.vocabulary.bytes_of(i) for i in range(len(hand_made.vocabulary))]
+    again = build_features_of_codes(
+        tmp_path / "again", hand_made.n_features, hand_made.batches(), token_bytes=words, config=hand_made.config
+    )
+    for mine, theirs in zip(content(again), content(hand_made)):
+        assert mine[:6] == theirs[:6]  # all but what is read off the dictionary
+        assert mine[6:] == ([], [])
+    assert FeatureStore.merge([again], tmp_path / "merged").n_rows == 13

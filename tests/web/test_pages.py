@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def test_density_bars_lead_to_exactly_their_features(client: TestClient, run: An
     for address, count in bars:
         found = client.get(address.replace("&amp;", "&").replace("/features", "/api/features", 1)).json()
         assert abs(found["total"] - int(count)) <= 1  # an edge belongs to both neighbours
+
+
+def test_a_run_of_imported_codes_has_pages_without_its_dictionary(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(run.folder / "features", tmp_path / "codes" / "features")
+    client = client_of(Run(tmp_path / "codes"))
+    assert "Imported codes of 220 features" in text_of(client.get("/").text)
+    assert client.get("/features/3").status_code == client.get("/features").status_code == 200
+    found = client.get("/api/run").json()
+    assert (found["architecture"], found["d_in"], found["n_features"]) == (None, None, 220)
+    answer = client.post("/api/encode", json={"text": "some words", "feature": 220}, headers={"Origin": ORIGIN})
+    assert "from 0 to 219" in answer.json()["error"]
+    assert client.post("/api/encode", json={"text": "some words"}, headers={"Origin": ORIGIN}).status_code >= 400
 
 
 def test_overview_of_a_run_with_nothing_but_a_dictionary(english: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from unweave.features._tokens import decode_tokens
-from unweave.features.build import build_features, merge
+from unweave.features.build import build_features, build_features_of_codes, merge
 from unweave.features.config import IndexConfig
 from unweave.features.feature import Context, Feature, FeaturePage, FeatureSummary, Quantile
 from unweave.features.store import FeatureStore
@@ -17,6 +17,7 @@ __all__ = [
     "IndexConfig",
     "Quantile",
     "build_features",
+    "build_features_of_codes",
     "decode_tokens",
     "feature_card_html",
     "merge",

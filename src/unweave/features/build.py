@@ -64,23 +64,61 @@ def build_features(
         UnweaveError: no rows, rows the dictionary refuses, codes that are not finite, tokens outside the
             vocabulary, document numbers outside 0 .. 2^31, a folder that holds something else, a full disk.
     """
+    return build_features_of_codes(
+        folder,
+        dictionary.n_features,
+        ((batch, _encode(dictionary, batch)) for batch in batches),
+        dictionary=dictionary,
+        token_bytes=token_bytes,
+        unembed=unembed,
+        config=config,
+        n_rows=n_rows,
+        provenance=provenance,
+    )
+
+
+def build_features_of_codes(
+    folder: str | Path,
+    n_features: int,
+    coded: Iterable[tuple[ActivationBatch, SparseCode]],
+    *,
+    dictionary: Dictionary | None = None,
+    token_bytes: Sequence[bytes] | None = None,
+    unembed: Callable[[Tensor], Tensor] | None = None,
+    config: IndexConfig | None = None,
+    n_rows: int | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> FeatureStore:
+    """The same from codes that are there already, as other libraries store them.
+
+    Args:
+        coded: batches, of which only items and places of rows are read, with the ``(n_rows, n_features)`` code of
+            their rows. dictionary: whose codes they are; without it nothing is said of similar features and logits.
+        folder, token_bytes, unembed, config, n_rows, provenance: as for :func:`build_features`.
+
+    Raises:
+        UnweaveError: as for :func:`build_features`; when the dictionary has another number of features.
+    """
+    if dictionary is not None and dictionary.n_features != n_features:
+        raise UnweaveError(f"the codes are of {n_features:,} features, the dictionary has {dictionary.n_features:,}")
     config = config or IndexConfig()
     vocabulary = None if token_bytes is None else Vocabulary.of(token_bytes)
     with new_folder(folder) as building:
-        tally = Tally(dictionary.n_features, config.n_top, config.n_sample, config.seed)
+        tally = Tally(n_features, config.n_top, config.n_sample, config.seed)
         with CodeWriter(building, tally, vocabulary) as writer, track(n_rows, "features") as progress:
-            for batch in batches:
-                writer.add(batch, _encode(dictionary, batch))
+            for batch, code in coded:
+                writer.add(batch, code)
                 progress.advance(batch.n_rows)
         if writer.n_rows == 0:
             raise UnweaveError("expected at least one activation row, found none: is the source empty?")
         if vocabulary is not None:
             write_column(building, "vocabulary", vocabulary.data)
             write_column(building, "vocabulary_offsets", vocabulary.offsets)
-        _write_dictionary_columns(building, dictionary, unembed, vocabulary, config)
+        if dictionary is not None:
+            _write_dictionary_columns(building, dictionary, unembed, vocabulary, config)
+        of = {"arch": "unknown"} if dictionary is None else fingerprint(dictionary)
         _finish(
-            building, tally, writer.n_rows, config, vocabulary,
-            {"dictionary": fingerprint(dictionary), "provenance": provenance or {}},
+            building, tally, writer.n_rows, config, vocabulary, {"dictionary": of, "provenance": provenance or {}},
         )  # fmt: skip
     return FeatureStore.open(folder)
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from unweave.batch import Items
+from unweave.batch import ActivationBatch, Items
 from unweave.codes import SparseCode
 from unweave.errors import UnweaveError
 from unweave.features._columns import REBUILD, Columns, read_manifest, verify_columns
@@ -24,6 +24,7 @@ from unweave.kernels.pattern import Pattern
 
 SORT_KEYS = ("index", "density", "max_value", "mean_value", "n_items")
 SNIPPET_BEFORE, SNIPPET_AFTER = 8, 5
+_TOKENS = 1 << 16  # read at once by batches()
 
 
 class FeatureStore:
@@ -223,6 +224,22 @@ class FeatureStore:
         names = ("tokens", "item_offsets", "item_document", "item_start")
         return Items(*(torch.from_numpy(self.columns[name]) for name in names))
 
+    def batches(self) -> Iterator[tuple[ActivationBatch, SparseCode]]:
+        """All items in order, some at a time, with the ``(n_rows, n_features)`` codes of their rows.
+
+        The rows themselves are not kept: they have no width here.
+        """
+        offsets = self.columns["item_offsets"]
+        a = 0
+        while a < self.n_items:
+            b = max(a + 1, int(np.searchsorted(offsets, offsets[a] + _TOKENS, side="right")) - 1)
+            first, last = int(offsets[a]), int(offsets[b])
+            row_token = torch.from_numpy(np.flatnonzero(self.columns["has_row"][first:last]))
+            rows = torch.empty(len(row_token), 0)
+            code = self.codes[first:last][row_token].to(dtype=torch.float32)
+            yield ActivationBatch(rows, rows, self.items[a:b], row_token), code
+            a = b
+
     def item_of(self, tokens: np.ndarray) -> np.ndarray:
         """The item of each token number."""
         return np.searchsorted(self.columns["item_offsets"], tokens, side="right") - 1
@@ -300,7 +317,9 @@ class FeatureStore:
         return self.columns[f"{kind}_token"][a:b], self.columns[f"{kind}_value"][a:b]
 
     def pairs(self, name: str, number: str, feature: int) -> builtins.list[tuple[int, float]]:
-        """The filled places of two tables side by side."""
+        """The filled places of two tables side by side; none where the store has no such tables."""
+        if name not in self.manifest["columns"]:
+            return []
         return [
             (i, v)
             for i, v in zip(self.columns[name][feature].tolist(), self.columns[number][feature].tolist())
@@ -308,7 +327,5 @@ class FeatureStore:
         ]
 
     def logits(self, sign: str, feature: int) -> builtins.list[tuple[str, float]]:
-        if f"{sign}_logit_token" not in self.manifest["columns"]:
-            return []
         found = self.pairs(f"{sign}_logit_token", f"{sign}_logit_value", feature)
         return [(self.label(token), value) for token, value in found]

@@ -41,7 +41,7 @@ def load(thing: str | Path, *, model: str | None = None, force: bool = False, **
     from unweave import formats
 
     path = Path(thing)
-    is_run = any((path / name).exists() for name in ("dictionary/config.json", "recipe.yaml"))
+    is_run = any((path / name).exists() for name in ("dictionary/config.json", "recipe.yaml", "features/manifest.json"))
     if is_run and options:
         raise UnweaveError(f"{thing} is a run, which says all of itself: leave {', '.join(options)} out")
     if is_run or not (options or formats.holds_weights(thing)):
@@ -89,7 +89,8 @@ class TextCode:
 class Run:
     """A trained dictionary with all that is known of it.
 
-    ``encode`` gives the code of a text, ``features`` the feature store, ``evaluation`` the measurements.
+    ``encode`` gives the code of a text, ``features`` the feature store, ``evaluation`` the measurements. A run of
+    imported codes may have features alone.
     """
 
     def __init__(self, folder: str | Path, *, model: str | None = None, force: bool = False) -> None:
@@ -97,7 +98,7 @@ class Run:
         self._model_name, self._force = model, force
         if not self.folder.is_dir():
             raise UnweaveError(f"no folder {self.folder}: give the folder that `unweave train` or `unweave demo` wrote")
-        if not (self.folder / "dictionary" / "config.json").is_file():
+        if not self.has_dictionary and not (self.folder / "features" / "manifest.json").is_file():
             begun = (self.folder / "recipe.yaml").is_file()
             raise UnweaveError(
                 f"{self.folder} was begun but holds no dictionary yet; run the same command again to finish it"
@@ -133,10 +134,23 @@ class Run:
 
         return read_metrics(self.folder / "metrics.jsonl")
 
+    @property
+    def has_dictionary(self) -> bool:
+        return (self.folder / "dictionary" / "config.json").is_file()
+
     @cached_property
     def dictionary(self) -> Dictionary:
+        """
+        Raises:
+            UnweaveError: for a run of codes that were imported without the dictionary they came from.
+        """
         from unweave.dictionaries import Dictionary
 
+        if not self.has_dictionary:
+            raise UnweaveError(
+                f"{self.folder} holds imported codes and no dictionary: import them again with the one they came from "
+                "(--dictionary), or encode with that one"
+            )
         return Dictionary.load(self.folder / "dictionary")
 
     @cached_property
@@ -243,9 +257,13 @@ class Run:
 
     # ---- shown ------------------------------------------------------------------------------------------------
 
+    def _dictionary_words(self) -> str:
+        if not self.has_dictionary:
+            return f"codes of {len(self.features or ()):,} features, without their dictionary"
+        return f"{self.dictionary.name}, {self.dictionary.d_in} -> {self.dictionary.n_features:,} features"
+
     def __repr__(self) -> str:
-        dictionary = self.dictionary
-        lines = [f"Run {self.folder}: {dictionary.name}, {dictionary.d_in} -> {dictionary.n_features:,} features"]
+        lines = [f"Run {self.folder}: {self._dictionary_words()}"]
         if self.recipe:
             lines.append(f"  model {self.recipe['model']['name']}, site {self.recipe['source']['site']}")
         metrics = (self.evaluation or {}).get("metrics", {})

@@ -142,7 +142,7 @@ def _wanted(body: Any, run: Any) -> tuple[str, int | None]:
     if not isinstance(body, dict) or not isinstance(body.get("text"), str):
         raise BadRequest(400, 'Expected {"text": "..."}, optionally with "feature": a feature number.')
     feature = body.get("feature")
-    n = int(run.dictionary.n_features)
+    n = len(run.features) if run.features is not None else int(run.dictionary.n_features)
     if feature is not None and (not isinstance(feature, int) or isinstance(feature, bool) or not 0 <= feature < n):
         raise BadRequest(400, f"feature must be a number from 0 to {n - 1}, found {str(feature)[:40]!r}")
     return body["text"], feature

@@ -24,14 +24,14 @@ def clean(value: Any) -> Any:
 
 
 def run_data(overview: Any) -> dict[str, Any]:
-    run = overview.run
+    run, dictionary = overview.run, overview.dictionary
     return clean(
         {
             "name": overview.name,
-            "architecture": run.dictionary.name,
+            "architecture": getattr(dictionary, "name", None),
             "n_features": overview.n_features,
-            "d_in": run.dictionary.d_in,
-            "d_out": run.dictionary.d_out,
+            "d_in": getattr(dictionary, "d_in", None),
+            "d_out": getattr(dictionary, "d_out", None),
             "model": overview.model,
             "site": overview.site,
             "indexed": run.features is not None,

@@ -122,12 +122,21 @@ class Overview:
     # ---- words ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def architecture(self) -> str:
-        return type(self.run.dictionary).__name__
+    def dictionary(self) -> Any:
+        """None for a run of imported codes without the dictionary they came from."""
+        return self.run.dictionary if getattr(self.run, "has_dictionary", True) else None
+
+    @cached_property
+    def architecture(self) -> str | None:
+        return None if self.dictionary is None else type(self.dictionary).__name__
+
+    @property
+    def kind(self) -> str:
+        return f"A {self.architecture} dictionary" if self.architecture else "Imported codes"
 
     @cached_property
     def n_features(self) -> int:
-        return int(self.run.dictionary.n_features)
+        return int((self.run.features if self.dictionary is None else self.dictionary).n_features)
 
     @cached_property
     def model(self) -> str | None:
@@ -141,8 +150,10 @@ class Overview:
     @cached_property
     def facts(self) -> list[tuple[str, str]]:
         """Name and value pairs: what was taken apart, and into what."""
-        dictionary = self.run.dictionary
-        width = f"{dictionary.d_in:,}" + (f" to {dictionary.d_out:,}" if dictionary.d_out != dictionary.d_in else "")
+        width = None
+        if (dictionary := self.dictionary) is not None:
+            width = f"{dictionary.d_in:,}"
+            width += f" to {dictionary.d_out:,}" if dictionary.d_out != dictionary.d_in else ""
         model = _first(self.run, "model")
         revision = model.get("revision") if isinstance(model, Mapping) else None
         pairs = [
@@ -195,7 +206,7 @@ class Overview:
     @cached_property
     def dictionary_options(self) -> list[tuple[str, str]]:
         """The architecture's own settings, such as k."""
-        values = self.run.dictionary.config.to_dict()
+        values = {} if self.dictionary is None else self.dictionary.config.to_dict()
         plain = {k: v for k, v in values.items() if k not in ("d_in", "d_out", "n_features")}
         return [
             (_words(k), number(v) if isinstance(v, int | float) else str(v)) for k, v in plain.items() if v is not None

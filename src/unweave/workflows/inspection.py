@@ -8,12 +8,13 @@ from typing import Any
 from unweave import formats
 from unweave.errors import UnweaveError
 from unweave.files import read_json
+from unweave.formats import stores
 
 Rows = list[tuple[str, str]]
 
 
 def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
-    """A title and rows of name and value for a run, dictionary, store, model or checkpoint.
+    """A title and rows of name and value for a run, dictionary, store (also another library's), model or checkpoint.
 
     Raises:
         UnweaveError: when it is none of these, or ``verify`` finds damage.
@@ -26,7 +27,7 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
     if thing.is_file() and formats.holds_weights(thing):
         return _checkpoint(thing)
     kind = _format(thing)
-    if (thing / "dictionary" / "config.json").is_file():
+    if any((thing / name).is_file() for name in ("dictionary/config.json", "features/manifest.json")):
         return _run(thing)
     if kind.startswith("unweave.dictionary"):
         return _dictionary(thing)
@@ -36,6 +37,8 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
         return _activations(thing, verify)
     if kind.startswith("unweave.features"):
         return _features(thing)
+    if stores.recognised(thing):
+        return f"store {thing}", stores.open_store(thing).facts()
     if (thing / "config.json").is_file() or thing.suffix == ".gguf" or any(thing.glob("*.gguf")):
         return _model(str(thing))
     if formats.holds_weights(thing):
@@ -55,13 +58,18 @@ def _run(folder: Path) -> tuple[str, Rows]:
     from unweave.runs import Run
 
     run = Run(folder)
-    _, rows = _dictionary(folder / "dictionary")
+    rows = _dictionary(folder / "dictionary")[1] if run.has_dictionary else [("dictionary", "none, imported codes")]
     if run.recipe:
         rows += [
             ("model", run.recipe["model"]["name"]),
             ("site", run.recipe["source"]["site"]),
             ("text", _named(run.recipe["data"]["documents"])),
         ]
+    source = run.provenance.get("source") or {}
+    if source.get("kind") == "imported":
+        model = source.get("model") or {}
+        rows += [("codes of", source["library"]), ("model", model.get("name", "unknown"))]
+        rows.append(("site", source.get("site", "unknown")))
     for name, entry in (run.evaluation or {}).get("metrics", {}).items():
         if entry.get("value") is not None:
             known = entry["low"] is not None

@@ -105,6 +105,15 @@ class Tensors(Mapping[str, Tensor]):
         """Whether a tensor is not there, or holds NaN alone, which is how some libraries say that there is none."""
         return name not in self.info or bool(self._raw(name).isnan().all())
 
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows ``first`` to ``stop`` (or the end) in the dtype they lie there in; unsigned integers as int64."""
+        if name not in self.info:
+            self[name]
+        return self._slice(name, first, min(stop, self.info[name].shape[0]))
+
+    def _slice(self, name: str, first: int, stop: int) -> Tensor:
+        return self._raw(name)[first:stop]
+
     def number(self, name: str) -> float:
         """A tensor of one element as a number."""
         if name in self.info and self.info[name].n_values != 1:

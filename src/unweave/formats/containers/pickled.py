@@ -34,6 +34,9 @@ class PickledFile(Tensors):
     def _raw(self, name: str) -> Tensor:
         return self._tensors[name].detach().clone()  # not a window into a file that may go away
 
+    def _slice(self, name: str, first: int, stop: int) -> Tensor:
+        return self._tensors[name][first:stop].detach().clone()
+
 
 def open_pickled(path: Path, data: BytesIO | None = None) -> PickledFile:
     """The tensors in a file, by name, with dots between the names of nested dictionaries.

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from unweave.errors import UnweaveError
@@ -28,6 +29,17 @@ class SafetensorsFile(Tensors):
                 return file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise UnweaveError(f"{self.path}: cannot read {name!r} ({error}); fetch the file again") from None
+
+    def _slice(self, name: str, first: int, stop: int) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        unsigned = self.info[name].dtype in ("U16", "U32", "U64")  # torch knows these by name and can do little else
+        try:
+            with safe_open(self.path, framework="np" if unsigned else "pt") as file:
+                found: Any = file.get_slice(name)[first:stop]
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UnweaveError(f"{self.path}: cannot read {name!r} ({error}); fetch the file again") from None
+        return torch.from_numpy(found.astype("int64")) if unsigned else found.clone()
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
