@@ -45,8 +45,10 @@ SEARCHED = {
     "relu": "l1_coefficient",
     "standardised_relu": "l1_coefficient",
     "gated": "sparsity_coefficient",
+    "standardised_gated": "sparsity_coefficient",
     "p_anneal": "sparsity_coefficient",
     "jumprelu": "target_l0",
+    "standardised_jumprelu": "target_l0",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "archetypal": {"reservoir": 4096},
@@ -55,7 +57,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 _OTHER = "it maps one site to another, or several to several"
 LEFT_OUT: dict[str, str] = {
-    **dict.fromkeys(("transcoder", "skip_transcoder", "jumprelu_skip_transcoder", "clt"), _OTHER),
+    **dict.fromkeys(("transcoder", "skip_transcoder", "jumprelu_skip_transcoder"), _OTHER),
+    **dict.fromkeys(("group_max_skip_transcoder", "abs_topk_skip_transcoder", "clt", "skip_clt"), _OTHER),
     **dict.fromkeys(("crosscoder", "topk_crosscoder", "batch_topk_crosscoder"), _OTHER),
     "g_sae": "it needs the gradients of a model's loss beside the rows",
     "temporal": "it needs the row of the token before",
