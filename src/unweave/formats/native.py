@@ -39,7 +39,7 @@ class Native(Format):
         )
 
     def read(self, checkpoint: Checkpoint, **options: Any) -> Dictionary:
-        return Dictionary.load(checkpoint.folder)
+        return Dictionary.load(checkpoint.whole(CONFIG, WEIGHTS))
 
     def write(self, dictionary: Dictionary, folder: Path, facts: Facts) -> None:
         dictionary.save(folder)

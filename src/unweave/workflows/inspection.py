@@ -20,8 +20,9 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
     """
     if not isinstance(thing, Path):
         within = any(p.is_file() for p in Path(thing).parents)  # an archive
-        # A model on the hub is owner/name; what goes on behind that is a checkpoint in a repository.
-        return _checkpoint(thing) if within or thing.count("/") > 1 else _model(thing)
+        # A model on the hub is owner/name, as a dictionary may be; what goes on behind that can only be the second.
+        is_checkpoint = within or thing.count("/") > 1 or "@" in thing or formats.recognised(thing)
+        return _checkpoint(thing) if is_checkpoint else _model(thing)
     if thing.is_file() and formats.holds_weights(thing):
         return _checkpoint(thing)
     kind = _format(thing)
