@@ -44,7 +44,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.folder = folder  # where new repositories go
         self.repositories: dict[str, Repository] = {}
-        self.sent = 0
+        self.sent, self.down = 0, False
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -97,6 +97,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if hub.down:
+                return self.refuse(503, "Down")
             for pattern, method in ROUTES.items():
                 if match := re.fullmatch(pattern, path):
                     return method(self, body, *match.groups())
