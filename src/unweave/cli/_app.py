@@ -15,6 +15,7 @@ from unweave.cli import (
     index,
     inspect,
     open,
+    push,
     sweep,
     train,
     verify,
@@ -42,6 +43,7 @@ for name, verb in {
     "inspect": inspect.inspect,
     "convert": convert.convert,
     "verify": verify.verify,
+    "push": push.push,
     "archs": archs.archs,
     "doctor": doctor.doctor,
 }.items():

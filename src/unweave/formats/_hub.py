@@ -188,6 +188,8 @@ def reason(error: Exception) -> str:
         return "there is no such repository, or it is private: then log in with `hf auth login` (or set HF_TOKEN)"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return "it does not know who asks: log in with `hf auth login` (or set HF_TOKEN)"
     return said[:200] or type(error).__name__
 
 
@@ -229,6 +231,61 @@ def _lay_out(root: Path, where: HubName, names: list[str]) -> None:
             (root / name).touch(exist_ok=False)
     except OSError as error:
         raise UnweaveError(f"the files of {where.repository} cannot lie in one folder here: {error}") from None
+
+
+# ---- push -----------------------------------------------------------------------------------------------------------
+
+
+def check_place(repository: str, folder: str = "") -> None:
+    """Refuse what is no ``owner/name``, or no folder in it."""
+    where = parse(f"{repository}/{folder}".rstrip("/"))
+    if where.repository != repository or ".." in folder.split("/"):
+        raise UnweaveError(f"expected owner/name and a folder such as layers.12/topk, found {repository!r}, {folder!r}")
+
+
+def upload(folder: str | Path, repository: str, inside: str = "", *, private: bool = False, force: bool = False) -> str:
+    """Put the files of a folder into a repository of models, made if need be, as one commit.
+
+    Args:
+        inside: the folder in the repository. private: make it a private one. force: go on where files are already.
+
+    Returns:
+        The address of what was pushed.
+
+    Raises:
+        UnweaveError: when files lie there, a repository that should be private is public, or the hub refuses.
+    """
+    check_place(repository, inside)
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UnweaveError("to push to the Hugging Face hub, pip install huggingface_hub") from None
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        info = api.model_info(repository, timeout=_TIMEOUT)
+        if private and not info.private:
+            raise UnweaveError(f"{repository} is there already and public: choose another name, or leave private out")
+        names = [file.rfilename for file in info.siblings or ()]
+        there = [name for name in names if name != ".gitattributes" and (not inside or name.startswith(f"{inside}/"))]
+        if there and not force:
+            shown = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
+            raise UnweaveError(
+                f"{repository} holds {len(there):,} files where these would go ({shown}): choose another folder "
+                "(--folder), or force it (--force), which writes over files of the same name and leaves the others"
+            )
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            path_in_repo=inside or None,
+            commit_message=f"Add {inside or 'a dictionary'} with unweave",
+            parent_commit=info.sha,  # what others push in the meantime is not written over
+        )
+    except UnweaveError:
+        raise
+    except Exception as error:
+        raise UnweaveError(f"cannot push to {repository}: {reason(error)}") from None
+    return f"{api.endpoint}/{repository}" + (f"/tree/main/{inside}" if inside else "")
 
 
 # ---- parts of files -------------------------------------------------------------------------------------------------

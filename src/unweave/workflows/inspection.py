@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from unweave import formats
 from unweave.errors import UnweaveError
@@ -28,8 +27,6 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
     kind = _format(thing)
     if (thing / "dictionary" / "config.json").is_file():
         return _run(thing)
-    if kind.startswith("unweave.dictionary"):
-        return _dictionary(thing)
     if formats.recognised(thing):
         return _checkpoint(thing)
     if kind.startswith("unweave.activations"):
@@ -55,13 +52,7 @@ def _run(folder: Path) -> tuple[str, Rows]:
     from unweave.runs import Run
 
     run = Run(folder)
-    _, rows = _dictionary(folder / "dictionary")
-    if run.recipe:
-        rows += [
-            ("model", run.recipe["model"]["name"]),
-            ("site", run.recipe["source"]["site"]),
-            ("text", _named(run.recipe["data"]["documents"])),
-        ]
+    rows = formats.inspect(folder / "dictionary").rows()
     for name, entry in (run.evaluation or {}).get("metrics", {}).items():
         if entry.get("value") is not None:
             known = entry["low"] is not None
@@ -71,21 +62,6 @@ def _run(folder: Path) -> tuple[str, Rows]:
     for stage, facts in run.provenance.get("stages", {}).items():
         rows.append((f"{stage} took", f"{facts['seconds']:.0f} s"))
     return f"run {folder}", rows
-
-
-def _named(documents: Any) -> str:
-    """The data of a recipe: one name, or those of a mix."""
-    return documents if isinstance(documents, str) else ", ".join(part["documents"] for part in documents)
-
-
-def _dictionary(folder: Path) -> tuple[str, Rows]:
-    from unweave.dictionaries import Dictionary
-
-    dictionary = Dictionary.load(folder)
-    n_parameters = sum(p.numel() for p in dictionary.parameters())
-    rows = [("architecture", dictionary.name)]
-    rows += [(name, str(value)) for name, value in dictionary.config.to_dict().items()]
-    return f"dictionary {folder}", [*rows, ("parameters", f"{n_parameters:,}")]
 
 
 def _checkpoint(thing: str | Path) -> tuple[str, Rows]:
