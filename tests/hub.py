@@ -45,6 +45,7 @@ class Hub:
         self.folder = folder  # where new repositories go
         self.repositories: dict[str, Repository] = {}
         self.sent, self.down = 0, False
+        self.writers: str | None = None  # the token that may write, if not anybody may
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -161,6 +162,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 pass
 
         def create(self, body: bytes) -> None:
+            if hub.writers is not None and self.headers.get("Authorization") != f"Bearer {hub.writers}":
+                return self.say({"error": "Invalid username or password."}, 401)
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if name in hub.repositories:

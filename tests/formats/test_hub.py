@@ -90,7 +90,8 @@ def test_five_gigabytes_are_known_by_their_header(hub: Hub, tmp_path: Path) -> N
     facts = formats.inspect("owner/large/layer_12")
     assert (facts.format, facts.d_in, facts.n_features, facts.dtype) == ("saelens", d, n, "F32")
     assert hub.sent < 50_000
-    assert len(hub.requests) == 3  # the list of files, the settings, the header
+    asked = [request for request in hub.requests if "owner/large" in request]
+    assert len(asked) == 3  # the list of files, the settings, the header
 
 
 def test_of_large_archives_little_is_sent(hub: Hub, tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_gated_repository_says_what_to_do(hub: Hub) -> None:
     hub.add("owner/sae", GOLDEN, gated=True)
     with pytest.raises(UnweaveError, match="it is gated: accept its terms"):
         formats.inspect("owner/sae/saelens/topk")
-    assert len(hub.requests) < 8
+    assert len([request for request in hub.requests if "resolve" in request]) <= 2  # each file once
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
     """
     if not isinstance(thing, Path):
         within = any(p.is_file() for p in Path(thing).parents)  # an archive
-        # A model on the hub is owner/name, as a dictionary may be; what goes on behind that can only be the second.
-        is_checkpoint = within or thing.count("/") > 1 or "@" in thing or formats.recognised(thing)
-        return _checkpoint(thing) if is_checkpoint else _model(thing)
+        if within or thing.count("/") > 1 or "@" in thing:
+            return _checkpoint(thing)
+        return _repository(thing) if "/" in thing else _model(thing)
     if thing.is_file() and formats.holds_weights(thing):
         return _checkpoint(thing)
     kind = _format(thing)
@@ -66,6 +66,17 @@ def _run(folder: Path) -> tuple[str, Rows]:
 
 def _checkpoint(thing: str | Path) -> tuple[str, Rows]:
     return f"checkpoint {thing}", formats.inspect(thing).rows()
+
+
+def _repository(name: str) -> tuple[str, Rows]:
+    """What ``owner/name`` on the hub holds: a dictionary, known by its headers, or else a model."""
+    try:
+        return _checkpoint(name)
+    except UnweaveError as no_checkpoint:
+        try:
+            return _model(name)
+        except UnweaveError as no_model:
+            raise UnweaveError(f"{name} is no dictionary: {no_checkpoint}. And no model: {no_model}") from None
 
 
 def _activations(folder: Path, verify: bool) -> tuple[str, Rows]:
