@@ -18,7 +18,10 @@ import yaml
 
 @dataclass
 class Repository:
-    """A folder, served. ``token``: who may see it. ``ranges``: how Range is answered (well, ignored, moved, short)."""
+    """A folder, served. ``token``: who may see it.
+
+    ``ranges``: how Range is answered: well, ignored, moved, short, or elsewhere (by another server).
+    """
 
     folder: Path
     private: bool = False
@@ -96,7 +99,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def handle_one(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            hub.requests.append(f"{self.command} {path}")
+            token = " with a token" if self.headers.get("Authorization") else ""
+            hub.requests.append(f"{self.command} {path}{token}")
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if hub.down:
                 return self.refuse(503, "Down")
@@ -128,6 +132,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             assert repository is not None
             if repository.gated:
                 return self.refuse(403, "GatedRepo")
+            if repository.ranges == "elsewhere":
+                other = hub.url.replace("127.0.0.1", "localhost")
+                return self.answer(302, headers={"Location": f"{other}/elsewhere/{name}/{file}"})
+            return self.give(repository, file)
+
+        def elsewhere(self, body: bytes, name: str, file: str) -> None:
+            self.give(hub.repositories[name], file)
+
+        def give(self, repository: Repository, file: str) -> None:
             path = repository.folder / file
             if not path.is_file():
                 return self.refuse(404, "EntryNotFound")
@@ -199,6 +212,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     ROUTES = {
         r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?": Handler.info,
         r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": Handler.resolve,
+        r"/elsewhere/([^/]+/[^/]+)/(.+)": Handler.elsewhere,
         r"/api/repos/create": Handler.create,
         r"/api/validate-yaml": Handler.check_yaml,
         r"/api/models/([^/]+/[^/]+)/preupload/main": Handler.preupload,

@@ -182,6 +182,17 @@ def test_a_gated_repository_says_what_to_do(hub: Hub) -> None:
     assert len([request for request in hub.requests if "resolve" in request]) <= 2  # each file once
 
 
+def test_the_token_stays_with_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files lie on another server, which is told nothing."""
+    hub.add("owner/sae", GOLDEN, token="hf_right", ranges="elsewhere")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert formats.inspect("owner/sae/saelens/topk").architecture == "topk"
+    asked = [request for request in hub.requests if "/elsewhere/" in request]
+    assert len(asked) == 2
+    assert not any("with a token" in request for request in asked)
+    assert "GET /api/models/owner/sae with a token" in hub.requests
+
+
 @pytest.mark.parametrize(
     ("ranges", "says"),
     [("moved", "it gave 'bytes 1-"), ("short", "expected an answer of .* bytes from the hub")],
@@ -212,17 +223,17 @@ def test_a_server_without_ranges(hub: Hub, tmp_path: Path) -> None:
 
 def test_names_that_lead_out_write_nothing(hub: Hub, tmp_path: Path) -> None:
     repository = hub.add("owner/sae", GOLDEN)
-    before = set(Path(tempfile.gettempdir()).iterdir())
-    for bad, says in (
-        ("../../evil", "leads out"),
-        ("/evil", "leads out"),
-        ("a\\..\\b", "leads out"),
-        ("cfg.json/x", "cannot lie in one folder"),
-    ):
-        repository.names = ["cfg.json", bad]
-        with pytest.raises(UnweaveError, match=says):
-            formats.inspect("owner/sae")
-    assert not [p for p in set(Path(tempfile.gettempdir()).iterdir()) - before if "evil" in p.name]
+    evil = [tmp_path / name for name in ("one", "two")]
+    up = "../" * 40
+    repository.names = ["saelens/topk/cfg.json", "saelens/topk/sae_weights.safetensors"]
+    repository.names += [f"{up}{evil[0]}", f"saelens/topk/{up}{evil[0]}", str(evil[1]), "a\\..\\b", "", "c:x"]
+    assert formats.inspect("owner/sae/saelens/topk").architecture == "topk"  # the others are as if not there
+    with pytest.raises(UnweaveError, match="name one of saelens/topk"):
+        formats.inspect("owner/sae")
+    assert not any(path.exists() for path in evil)
+    repository.names = ["cfg.json", "cfg.json/x"]
+    with pytest.raises(UnweaveError, match="cannot lie in one folder"):
+        formats.inspect("owner/sae")
 
 
 def zip_bomb() -> bytes:

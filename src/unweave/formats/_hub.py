@@ -15,13 +15,13 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.formats._checkpoint import Checkpoint
-from unweave.formats._ranges import RangeFile
+from unweave.formats._ranges import Fetch, RangeFile
 from unweave.formats.containers import (
     MAX_SETTINGS,
     SMALL,
     Settings,
     Tensors,
-    check_name,
+    is_safe_name,
     open_tensors,
     read_headers,
     read_settings,
@@ -29,6 +29,7 @@ from unweave.formats.containers import (
 
 _ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w.%-]+))?((?:/[\w.=+-]+)*)/?")
 _MAX_FILES = 10_000
+_MAX_BYTES = 1 << 28  # of all headers and settings that are looked at
 _TIMEOUT = 30  # seconds for an answer to begin, and between its pieces
 
 
@@ -104,6 +105,7 @@ class _HubFiles:
         self._open: dict[Path, RangeFile] = {}
         self._failed: dict[Path, UnweaveError] = {}
         self._settings: list[Path] = []
+        self._fetched = 0
 
     def __enter__(self) -> _HubFiles:
         return self
@@ -136,13 +138,33 @@ class _HubFiles:
         if path in self._failed:  # several formats look at a file; the hub is asked once
             raise self._failed[path]
         if path not in self._open:
-            name = path.relative_to(self._root).as_posix()
             try:
-                self._open[path] = RangeFile(path, _ranges_of(self._where.repository, name, self._commit))
+                self._open[path] = RangeFile(path, self._fetch_from(path.relative_to(self._root).as_posix()))
             except UnweaveError as error:
                 self._failed[path] = error
                 raise
         return self._open[path]
+
+    def _fetch_from(self, name: str) -> Fetch:
+        from huggingface_hub import hf_hub_url
+
+        url, called = (
+            hf_hub_url(self._where.repository, name, revision=self._commit),
+            f"{self._where.repository}/{name}",
+        )
+
+        def fetch(start: int, stop: int) -> tuple[bytes, int]:
+            self._fetched += stop - start
+            if self._fetched > _MAX_BYTES:
+                raise UnweaveError(f"{called}: more than {_MAX_BYTES:,} bytes of headers; download it to look at it")
+            try:
+                return _get(url, start, stop, called)
+            except UnweaveError:
+                raise
+            except Exception as error:
+                raise UnweaveError(f"cannot read {called} from the hub: {reason(error)}") from None
+
+        return fetch
 
     def _download(self, path: Path) -> Path:
         name = path.relative_to(self._root).as_posix()
@@ -190,7 +212,7 @@ def reason(error: Exception) -> str:
         return "it has no such revision"
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         return "it does not know who asks: log in with `hf auth login` (or set HF_TOKEN)"
-    return said[:200] or type(error).__name__
+    return said[:200].rstrip(". ") or type(error).__name__
 
 
 def _refused(error: Exception) -> bool:
@@ -216,9 +238,9 @@ def _in(revision: str | None) -> str:
 
 
 def _lay_out(root: Path, where: HubName, names: list[str]) -> None:
-    """Empty files of the names below what was asked for, and beside it."""
+    """Empty files of the names below what was asked for, and beside it; without those that lead out of the folder."""
     above = where.inside.rpartition("/")[0]
-    wanted = [name for name in names if not above or name.startswith(f"{above}/")]
+    wanted = [name for name in names if (not above or name.startswith(f"{above}/")) and is_safe_name(name)]
     if len(wanted) > _MAX_FILES:
         raise UnweaveError(
             f"{where.repository}/{above} holds {len(wanted):,} files, expected at most {_MAX_FILES:,}: name a folder "
@@ -226,9 +248,8 @@ def _lay_out(root: Path, where: HubName, names: list[str]) -> None:
         )
     try:
         for name in wanted:
-            check_name(where.repository, name)
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).touch(exist_ok=False)
+            (root / name).touch()
     except OSError as error:
         raise UnweaveError(f"the files of {where.repository} cannot lie in one folder here: {error}") from None
 
@@ -289,22 +310,6 @@ def upload(folder: str | Path, repository: str, inside: str = "", *, private: bo
 
 
 # ---- parts of files -------------------------------------------------------------------------------------------------
-
-
-def _ranges_of(repository: str, name: str, commit: str) -> Callable[[int, int], tuple[bytes, int]]:
-    from huggingface_hub import hf_hub_url
-
-    url, called = hf_hub_url(repository, name, revision=commit), f"{repository}/{name}"
-
-    def fetch(start: int, stop: int) -> tuple[bytes, int]:
-        try:
-            return _get(url, start, stop, called)
-        except UnweaveError:
-            raise
-        except Exception as error:
-            raise UnweaveError(f"cannot read {called} from the hub: {reason(error)}") from None
-
-    return fetch
 
 
 def _get(url: str, start: int, stop: int, called: str) -> tuple[bytes, int]:

@@ -42,13 +42,13 @@ def prepare(
         options: what the files of ``thing`` do not say.
 
     Raises:
-        UnweaveError: when it cannot be read, the format cannot express it, or the folder is not empty.
+        UnweaveError: when it cannot be read, the format cannot express it, or the folder is there already.
     """
     out, front_matter = Path(out), dict(front_matter or {})
     formats.get(format)  # a misspelt format is told before anything is read
     check_front_matter(front_matter)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UnweaveError(f"{out} is not empty: choose a new folder")
+    if out.exists():
+        raise UnweaveError(f"{out} is there already: choose a new folder")
     opened = load(thing, **options)
     if isinstance(opened, Run):
         dictionary, facts = opened.dictionary, facts_of_run(opened)
@@ -57,7 +57,10 @@ def prepare(
     training, provenance, measured = (_record(Path(thing), name) for name in ("training", "provenance", "evaluation"))
     evaluation = Evaluation.from_dict(measured) if measured else None
     facts = replace(facts, model=without_paths(facts.model), context=without_paths(facts.context))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnweaveError(f"cannot write {out}: {error.strerror or error}") from None
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         made = formats.write(dictionary, format, Path(place) / "made", facts)
         if training:
@@ -77,8 +80,6 @@ def prepare(
             front_matter,
         )
         write_text(made / "README.md", model_card(known))
-        if out.is_dir():
-            out.rmdir()
         os.replace(made, out)
     return out
 

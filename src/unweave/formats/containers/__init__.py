@@ -2,8 +2,8 @@
 
 from unweave.formats.containers._info import TensorInfo as TensorInfo
 from unweave.formats.containers._info import Tensors as Tensors
-from unweave.formats.containers.archive import check_name as check_name
 from unweave.formats.containers.archive import is_archive as is_archive
+from unweave.formats.containers.archive import is_safe_name as is_safe_name
 from unweave.formats.containers.archive import members as members
 from unweave.formats.containers.archive import unpack as unpack
 from unweave.formats.containers.headers import SMALL as SMALL

@@ -41,7 +41,7 @@ def members(path: Path, stored: bool = False) -> list[zipfile.ZipInfo]:
         raise _refuse(path, f"it holds {len(found):,} files, expected at most {_MAX_MEMBERS:,}")
     seen: set[str] = set()
     for info in found:
-        check_name(path, info.filename)
+        _check_name(path, info.filename)
         if info.filename in seen:
             raise _refuse(path, f"{info.filename[:80]!r} is in it twice")
         seen.add(info.filename)
@@ -83,13 +83,17 @@ def unpack(path: Path, folder: Path, inside: str = "") -> None:
         raise UnweaveError(f"{path} is not a whole zip archive ({error}); fetch it again") from None
 
 
-def check_name(path: Path | str, name: str) -> None:
-    """Refuse the name of a file that somebody else chose, where it leads out of the folder it is put in."""
+def is_safe_name(name: str) -> bool:
+    """Whether the name of a file that somebody else chose stays in the folder it is put in."""
     parts = PurePosixPath(name).parts
     odd = any(ord(c) < 32 for c in name) or "\\" in name or ":" in name
-    if not name or name.startswith("/") or ".." in parts or odd or len(name) > 400:
+    return bool(name) and not (name.startswith("/") or ".." in parts or odd or len(name) > 400)
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not is_safe_name(name):
         raise _refuse(path, f"the name {name[:80]!r} leads out of the folder it would be unpacked in, or is no name")
 
 
-def _refuse(path: Path | str, why: str) -> UnweaveError:
+def _refuse(path: Path, why: str) -> UnweaveError:
     return UnweaveError(f"{path}: refused, {why}. Do not trust this file; get it from where it was published")
