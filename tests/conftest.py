@@ -156,3 +156,22 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         torch.set_num_threads(threads)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A hub of one's own, which huggingface_hub takes for the real one; its cache is empty, nobody is logged in."""
+    from huggingface_hub import constants, file_download
+    from tests.hub import Hub
+
+    server = Hub(tmp_path / "hub")
+    url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    known = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": False}
+    known |= {"HF_HUB_CACHE": str(tmp_path / "hub-cache"), "HF_TOKEN_PATH": str(tmp_path / "token")}
+    for module in (constants, file_download):  # before version 1 the second had names of its own for them
+        for name, value in known.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from unweave.cli import list as verb
 from unweave.cli._app import app
 from unweave.errors import UnweaveError
 from unweave.formats import registry
+from unweave.formats._checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +94,7 @@ def test_inspect_takes_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     w = {"encoder_linear.weight": torch.randn(24, 8), "encoder_linear.bias": torch.zeros(24)}
     w |= {"decoder_linear.weight": torch.randn(8, 24), "decoder_linear.bias": torch.zeros(8)}
     torch.save(w, folder / f"{name}.pth")
-    monkeypatch.setattr(registry, "fetch", lambda hub_id: tmp_path / hub_id)
+    monkeypatch.setattr(registry, "on_hub", lambda hub_id: nullcontext(Checkpoint(tmp_path / hub_id, hub_id)))
     shown = call("inspect", name).stdout
     assert all(word in shown for word in ("goodfire", "meta-llama/Llama-3.1-8B-Instruct", "layers.19", "yes")), shown
     with pytest.raises(UnweaveError, match="the catalogue has no such dictionary: did you mean"):

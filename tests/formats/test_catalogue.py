@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import unweave
 from unweave import formats
 from unweave.errors import UnweaveError
 from unweave.formats import catalogue, registry
+from unweave.formats._checkpoint import Checkpoint
 from unweave.formats.catalogue.entry import KNOWN, binary
 from unweave.formats.catalogue.listings import SNAPSHOT, cache
 from unweave.formats.catalogue.paths import compress, expand
@@ -338,7 +340,7 @@ def test_a_damaged_listing_is_told(hub: Callable[[dict], None]) -> None:
 
 @pytest.fixture
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(registry, "fetch", lambda name: tmp_path / "hub" / name)
+    monkeypatch.setattr(registry, "on_hub", lambda name: nullcontext(Checkpoint(tmp_path / "hub" / name, name)))
     return tmp_path / "hub"
 
 

@@ -18,6 +18,7 @@ from unweave.cli import (
     inspect,
     list,
     open,
+    push,
     sweep,
     train,
     verify,
@@ -48,6 +49,7 @@ for name, verb in {
     "import-store": import_store.import_store,
     "export-store": export_store.export_store,
     "verify": verify.verify,
+    "push": push.push,
     "archs": archs.archs,
     "doctor": doctor.doctor,
 }.items():

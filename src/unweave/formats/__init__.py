@@ -21,6 +21,8 @@ from unweave.formats._checkpoint import Checkpoint as Checkpoint
 from unweave.formats._facts import Facts as Facts
 from unweave.formats._fold import Parts as Parts
 from unweave.formats._fold import fold as fold
+from unweave.formats._hub import check_place as check_place
+from unweave.formats._hub import upload as upload
 from unweave.formats.catalogue import list_dictionaries as list_dictionaries
 from unweave.formats.registry import Format as Format
 from unweave.formats.registry import get as get

@@ -59,6 +59,8 @@ class Facts:
 def _word(value: Any) -> str:
     if value is None:
         return UNKNOWN
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -68,7 +68,7 @@ class LlamaScope(Format):
 
     def _inner(self, checkpoint: Checkpoint) -> Checkpoint | None:
         folder = checkpoint.folder / "checkpoints"
-        return Checkpoint(folder) if (folder / self._WEIGHTS).is_file() else None
+        return checkpoint.at(folder) if (folder / self._WEIGHTS).is_file() else None
 
     def _open(self, checkpoint: Checkpoint) -> Tensors:
         inner = self._inner(checkpoint)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from unweave.errors import UnweaveError, near_names
 from unweave.formats._checkpoint import Checkpoint
 from unweave.formats._facts import Facts
 from unweave.formats._fold import Parts, fold
-from unweave.formats._hub import fetch, looks_like_hub_id
+from unweave.formats._hub import looks_like_hub_id, on_hub
 from unweave.formats.catalogue import Entry, find, resolve
 from unweave.formats.catalogue.entry import KNOWN
 from unweave.formats.containers import is_archive, members, unpack
@@ -128,9 +129,10 @@ def recognise(checkpoint: Checkpoint) -> Format:
 
 
 def recognised(thing: str | Path) -> str | None:
-    """The name of the format of a local folder or file, or None; never raises."""
+    """The name of the format of a folder, file or hub id, or None; never raises."""
     try:
-        return recognise(Checkpoint(thing)).name
+        with opened(thing) as checkpoint:
+            return recognise(checkpoint).name
     except UnweaveError:
         return None
 
@@ -148,7 +150,10 @@ def holds_weights(thing: str | Path) -> bool:
 
 @contextmanager
 def opened(thing: str | Path) -> Iterator[Checkpoint]:
-    """A checkpoint by its path, which may lead into a zip (``dictionaries.zip/pythia/layer0``), or by its hub id."""
+    """A checkpoint by its path, which may lead into a zip (``dictionaries.zip/pythia/layer0``), or by its hub id.
+
+    Of what is on the hub only the headers and settings that are looked at are fetched, until a value is read.
+    """
     path = Path(thing)
     if path.exists() and not (path.is_file() and is_archive(path) and _is_bundle(path)):
         yield Checkpoint(path)
@@ -157,7 +162,8 @@ def opened(thing: str | Path) -> Iterator[Checkpoint]:
     if archive is None:
         if not looks_like_hub_id(str(thing)):
             raise UnweaveError(f"no file or folder at {path}")
-        yield Checkpoint(fetch(str(thing)), str(thing))
+        with on_hub(str(thing)) as checkpoint:
+            yield checkpoint
         return
     inside = path.relative_to(archive).as_posix().removeprefix(".")
     with tempfile.TemporaryDirectory(prefix="unweave-") as place:
@@ -180,8 +186,8 @@ def load(thing: str | Path, *, format: str | None = None, **options: Any) -> Dic
     """A dictionary out of another library's checkpoint (or unweave's own), for raw activation rows.
 
     Args:
-        thing: a folder, a file, a path into a zip archive, a hub id (``owner/repository/folder``), or a name that
-            :func:`unweave.list_dictionaries` gives.
+        thing: a folder, a file, a path into a zip archive, a hub id (``owner/repository[@revision][/folder]``), or a
+            name that :func:`unweave.list_dictionaries` gives.
         format: which format it is, where its content does not tell.
         options: what its files do not say, such as ``k``; each format has its own.
 
@@ -201,7 +207,7 @@ def load(thing: str | Path, *, format: str | None = None, **options: Any) -> Dic
 
 
 def inspect(thing: str | Path, *, format: str | None = None, **options: Any) -> Facts:
-    """What is known of a checkpoint, from headers and settings; no weights are read.
+    """What is known of a checkpoint, from headers and settings; no weights are read, nor fetched from a hub.
 
     Raises:
         UnweaveError: when nothing is recognised or files are broken.
@@ -209,7 +215,8 @@ def inspect(thing: str | Path, *, format: str | None = None, **options: Any) -> 
     thing, options = resolve(thing, options)
     with opened(thing) as checkpoint:
         kind = get(format) if format else recognise(checkpoint)
-        return kind.inspect(checkpoint, **_known(kind, options))
+        facts = kind.inspect(checkpoint, **_known(kind, options))
+        return replace(facts, context={**facts.context, **checkpoint.known})
 
 
 @torch.no_grad()
@@ -258,9 +265,9 @@ def _nearby(checkpoint: Checkpoint) -> str:
         return ""
     found = []
     for n, folder in enumerate(sorted(p for p in checkpoint.folder.rglob("*") if p.is_dir())):
-        if n >= 200 or len(found) == 8:
+        if n >= (24 if checkpoint.files.remote else 200) or len(found) == 8:
             break
-        below = Checkpoint(folder)
+        below = checkpoint.at(folder)
         if any(_FORMATS[name].recognise(below) for name in names()):
             found.append(folder.relative_to(checkpoint.folder).as_posix())
     return f". Dictionaries lie below it: name one of {', '.join(found)}" if found else ""

@@ -146,4 +146,4 @@ def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def _run_settings(checkpoint: Checkpoint) -> Settings:
     above = checkpoint.folder.parent / "config.json"
-    return Checkpoint(above).settings("config.json") if above.is_file() else Settings({}, "config.json")
+    return checkpoint.at(above).settings("config.json") if above.is_file() else Settings({}, "config.json")

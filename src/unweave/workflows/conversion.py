@@ -27,14 +27,15 @@ def convert(thing: str | Path, to: str, out: str | Path, **options: Any) -> Fact
     formats.get(to)  # a misspelt format is told before anything is read
     opened = load(thing, **options)
     if isinstance(opened, Run):
-        dictionary, facts = opened.dictionary, _facts_of_run(opened)
+        dictionary, facts = opened.dictionary, facts_of_run(opened)
     else:
         dictionary, facts = opened, formats.inspect(thing, **options)
     folder = formats.write(dictionary, to, out, facts)
     return formats.inspect(folder)
 
 
-def _facts_of_run(run: Run) -> Facts:
+def facts_of_run(run: Run) -> Facts:
+    """What a run knows of the model and site of its dictionary."""
     known = Facts("unweave", run.dictionary.name)
     if not run.recipe:
         return known

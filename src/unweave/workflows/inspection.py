@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from unweave import formats
 from unweave.errors import UnweaveError
@@ -21,16 +20,14 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
     """
     if not isinstance(thing, Path):
         within = any(p.is_file() for p in Path(thing).parents)  # an archive
-        # A model on the hub is owner/name; what goes on behind that, or is in the catalogue, is a checkpoint.
-        is_checkpoint = within or thing.count("/") > 1 or formats.catalogue.find(thing) is not None
-        return _checkpoint(thing) if is_checkpoint else _model(thing)
+        if within or thing.count("/") > 1 or "@" in thing or formats.catalogue.find(thing) is not None:
+            return _checkpoint(thing)
+        return _repository(thing) if "/" in thing else _model(thing)
     if thing.is_file() and formats.holds_weights(thing):
         return _checkpoint(thing)
     kind = _format(thing)
     if any((thing / name).is_file() for name in ("dictionary/config.json", "features/manifest.json")):
         return _run(thing)
-    if kind.startswith("unweave.dictionary"):
-        return _dictionary(thing)
     if formats.recognised(thing):
         return _checkpoint(thing)
     if kind.startswith("unweave.activations"):
@@ -58,13 +55,9 @@ def _run(folder: Path) -> tuple[str, Rows]:
     from unweave.runs import Run
 
     run = Run(folder)
-    rows = _dictionary(folder / "dictionary")[1] if run.has_dictionary else [("dictionary", "none, imported codes")]
-    if run.recipe:
-        rows += [
-            ("model", run.recipe["model"]["name"]),
-            ("site", run.recipe["source"]["site"]),
-            ("text", _named(run.recipe["data"]["documents"])),
-        ]
+    rows = [("dictionary", "none, imported codes")]
+    if run.has_dictionary:
+        rows = formats.inspect(folder / "dictionary").rows()
     source = run.provenance.get("source") or {}
     if source.get("kind") == "imported":
         model = source.get("model") or {}
@@ -81,23 +74,19 @@ def _run(folder: Path) -> tuple[str, Rows]:
     return f"run {folder}", rows
 
 
-def _named(documents: Any) -> str:
-    """The data of a recipe: one name, or those of a mix."""
-    return documents if isinstance(documents, str) else ", ".join(part["documents"] for part in documents)
-
-
-def _dictionary(folder: Path) -> tuple[str, Rows]:
-    from unweave.dictionaries import Dictionary
-
-    dictionary = Dictionary.load(folder)
-    n_parameters = sum(p.numel() for p in dictionary.parameters())
-    rows = [("architecture", dictionary.name)]
-    rows += [(name, str(value)) for name, value in dictionary.config.to_dict().items()]
-    return f"dictionary {folder}", [*rows, ("parameters", f"{n_parameters:,}")]
-
-
 def _checkpoint(thing: str | Path) -> tuple[str, Rows]:
     return f"checkpoint {thing}", formats.inspect(thing).rows()
+
+
+def _repository(name: str) -> tuple[str, Rows]:
+    """What ``owner/name`` on the hub holds: a dictionary, known by its headers, or else a model."""
+    try:
+        return _checkpoint(name)
+    except UnweaveError as no_checkpoint:
+        try:
+            return _model(name)
+        except UnweaveError as no_model:
+            raise UnweaveError(f"{name} is no dictionary: {no_checkpoint}. And no model: {no_model}") from None
 
 
 def _activations(folder: Path, verify: bool) -> tuple[str, Rows]:

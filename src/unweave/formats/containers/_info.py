@@ -55,6 +55,10 @@ class Tensors(Mapping[str, Tensor]):
     def _raw(self, name: str) -> Tensor:
         raise NotImplementedError
 
+    def stored_bytes(self, name: str) -> int:
+        """How much of the file has to be there for a tensor to be read."""
+        return self.info[name].n_bytes
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.info:
             found = ", ".join(sorted(self.info)[:12]) or "none"

@@ -86,10 +86,15 @@ def unpack(path: Path, folder: Path, inside: str = "") -> None:
         raise UnweaveError(f"{path} is not a whole zip archive ({error}); fetch it again") from None
 
 
-def _check_name(path: Path, name: str) -> None:
+def is_safe_name(name: str) -> bool:
+    """Whether the name of a file that somebody else chose stays in the folder it is put in."""
     parts = PurePosixPath(name).parts
     odd = any(ord(c) < 32 for c in name) or "\\" in name or ":" in name
-    if not name or name.startswith("/") or ".." in parts or odd or len(name) > 400:
+    return bool(name) and not (name.startswith("/") or ".." in parts or odd or len(name) > 400)
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not is_safe_name(name):
         raise _refuse(path, f"the name {name[:80]!r} leads out of the folder it would be unpacked in, or is no name")
 
 

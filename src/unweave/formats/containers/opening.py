@@ -32,8 +32,18 @@ def open_tensors(path: str | Path) -> Tensors:
         if names and all(name.endswith(".npy") for name in names):
             return open_npz(path)
         raise UnweaveError(f"{path} is a zip archive without tensors of its own: it holds {', '.join(names[:4])}, ...")
-    if start[:1] == b"{" and int.from_bytes(start[:8], "little") >= 1 << 48:  # no length of a header, but words
+    if is_headed(start):
         return open_headed(path)
-    if start[8:] == b"{" or path.suffix == ".safetensors":
+    if is_safetensors(start, path):
         return open_safetensors(path)
     return open_pickled(path)  # says what is wrong with it
+
+
+def is_headed(start: bytes) -> bool:
+    """By the first nine bytes: words of JSON, and no length of a header."""
+    return start[:1] == b"{" and int.from_bytes(start[:8], "little") >= 1 << 48
+
+
+def is_safetensors(start: bytes, path: Path) -> bool:
+    """By the first nine bytes of a file that is no archive."""
+    return start[8:] == b"{" or path.suffix == ".safetensors"

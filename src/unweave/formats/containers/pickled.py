@@ -18,7 +18,7 @@ from unweave.errors import UnweaveError
 from unweave.formats.containers._info import TensorInfo, Tensors
 from unweave.formats.containers.archive import ARCHIVE, is_archive, members
 
-_MAX_PICKLE = 1 << 24
+MAX_PICKLE = 1 << 24
 _MAX_DEPTH = 6
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
 _DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
@@ -36,6 +36,9 @@ class PickledFile(Tensors):
 
     def _slice(self, name: str, first: int, stop: int) -> Tensor:
         return self._tensors[name][first:stop].detach().clone()
+
+    def stored_bytes(self, name: str) -> int:
+        return self._tensors[name].untyped_storage().nbytes()  # it may be a view of more
 
 
 def open_pickled(path: Path, data: BytesIO | None = None) -> PickledFile:
@@ -56,8 +59,8 @@ def open_pickled(path: Path, data: BytesIO | None = None) -> PickledFile:
         )
     found = members(path, stored=True, data=data)
     pickles = [i for i in found if i.filename.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE:
-        raise UnweaveError(f"{path}: expected one data.pkl of at most {_MAX_PICKLE:,} bytes, as torch.save writes it")
+    if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
+        raise UnweaveError(f"{path}: expected one data.pkl of at most {MAX_PICKLE:,} bytes, as torch.save writes it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -21,6 +21,13 @@ _MAX_VALUES = 1 << 48
 
 
 class SafetensorsFile(Tensors):
+    """
+    Attributes:
+        spans: where in the file each tensor's bytes begin and end.
+    """
+
+    spans: dict[str, tuple[int, int]]
+
     def _raw(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
@@ -78,7 +85,9 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         end = stop
     if end != size - 8 - length:
         raise _broken(path, f"its tensors need {end:,} bytes, it has {size - 8 - length:,}")
-    return SafetensorsFile(path, info, metadata=metadata)
+    opened = SafetensorsFile(path, info, metadata=metadata)
+    opened.spans = {name: (8 + length + start, 8 + length + stop) for start, stop, name in spans}
+    return opened
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:

@@ -13,7 +13,7 @@ import yaml
 from unweave.errors import UnweaveError
 
 T = TypeVar("T")
-_MAX_BYTES = 1 << 22
+MAX_SETTINGS = 1 << 22
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "keys and values"}
 _WORDS.update({list: "a list", object: "a value"})
 
@@ -84,8 +84,8 @@ def read_settings(path: Path) -> Settings:
         UnweaveError: when it is neither, too large, not keys and values, or (YAML) refers to itself.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UnweaveError(f"{path}: expected a configuration of at most {_MAX_BYTES:,} bytes")
+        if path.stat().st_size > MAX_SETTINGS:
+            raise UnweaveError(f"{path}: expected a configuration of at most {MAX_SETTINGS:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UnweaveError(f"cannot read {path}: {error}") from None
