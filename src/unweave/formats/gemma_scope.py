@@ -20,7 +20,9 @@ from unweave.formats.registry import Format, lacking, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
-_SITES = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
+# The MLP's output is taken behind the norm that follows it; a transcoder reads what the norm before the MLP gives it.
+_MLP, _BEFORE_MLP = "layers.{}.post_feedforward_layernorm", "layers.{}.pre_feedforward_layernorm"
+_SITES = {"res": "layers.{}", "mlp": _MLP, "att": "layers.{}.attn.heads", "transcoders": _BEFORE_MLP}
 
 
 class _GemmaScope(Format):
@@ -70,7 +72,7 @@ class GemmaScope(_GemmaScope):
             checkpoint,
             model=model,
             site=site or None,
-            target_site=f"layers.{layer}.mlp" if transcodes and layer is not None else None,
+            target_site=_MLP.format(layer) if transcodes and layer is not None else None,
             context={"average L0": l0, "BOS": "prepended, as the models expect"},
             notes=("reads what the second norm gives the MLP, writes what is added to the stream",)
             if transcodes
@@ -97,19 +99,17 @@ class GemmaScope2(_GemmaScope):
         return 0.9 if checkpoint.keys(name) >= _KEYS else None
 
     def inspect(self, checkpoint: Checkpoint) -> Facts:
-        config, path = _settings(checkpoint), _path(checkpoint)
-        tensors, missing = _open(checkpoint), None
+        config, tensors, missing = _settings(checkpoint), _open(checkpoint), None
         if len(tensors.info["w_dec"].shape) == 3:
             missing = "one layer of a cross-layer transcoder: name the folder that holds the folders of all layers"
-        hook, target = config.get("hf_hook_point_in", str), config.get("hf_hook_point_out", str)
+        hook = config.get("hf_hook_point_in", str)
+        site, target = (_site(config.get(f"hf_hook_point_{way}", str)) for way in ("in", "out"))
         return _facts(
             self.name,
             checkpoint,
             model=config.get("model_name", str),
-            site=site_of_module((hook or "").removesuffix(".output")) if hook else None,
-            target_site=f"layers.{_number(path, 'layer_')}.mlp"
-            if target and _number(path, "layer_") is not None
-            else None,
+            site=site,
+            target_site=target if target != site else None,
             hook=hook,
             context={"L0": config.get("l0", object)},
             missing=missing,
@@ -198,6 +198,10 @@ def _facts(format: str, checkpoint: Checkpoint, **known) -> Facts:
 
 def _settings(checkpoint: Checkpoint) -> Settings:
     return checkpoint.settings("config.json") if checkpoint.beside("config.json") else Settings({}, "config.json")
+
+
+def _site(hook: str | None) -> str | None:
+    return site_of_module((hook or "").removesuffix(".output"))
 
 
 def _path(checkpoint: Checkpoint) -> tuple[str, ...]:
