@@ -22,7 +22,6 @@ from unweave.sources import LanguageModel, TextSource
 
 D, CONTEXT = 32, 32
 SIZES = {"context_size": CONTEXT, "batch_tokens": 1024, "split": "all"}
-WHERE = {"layers.1": "blocks.1.hook_resid_post", "layers.2:input": "blocks.2.hook_resid_pre"}
 
 
 @pytest.fixture(scope="module")
@@ -108,4 +107,60 @@ def test_what_is_as_declared(right, verify) -> None:
     assert "at layers.1: " in shown
     assert "contexts of 32 tokens, each with BOS" in shown
     assert shown.endswith("as declared")
-    print(shown)
+
+
+TRAPS = {
+    "the encoder is transposed": {"tensors": {"W_enc": torch.t}},
+    "the decoder is transposed": {"tensors": {"W_dec": torch.t}},
+    "the encoder must subtract b_dec": {"apply_b_dec_to_input": False},
+}
+SITES = ["blocks.2.hook_resid_post", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_named(trap: str, right, verify, tmp_path: Path) -> None:
+    folder, declared = right
+    shown = verify(changed(folder, tmp_path, **TRAPS[trap]), declared, status=1)
+    assert "put right" in shown
+    assert f"not as declared: {trap}" in shown
+
+
+@pytest.mark.parametrize("hook", SITES)
+def test_a_site_that_is_off_by_one(hook: str, right, verify, tmp_path: Path) -> None:
+    folder, declared = right
+    shown = verify(changed(folder, tmp_path, hook=hook), declared, status=1)
+    assert "as well measured declared put right" in shown
+    assert shown.endswith("not as declared: the rows are of another site: it is for those of layers.1")
+    assert verify(tmp_path, declared, "--site", "layers.1", status=0).endswith("as declared")
+
+
+def test_rows_that_are_to_be_scaled(right, verify, model: LanguageModel, documents: list[str], tmp_path: Path) -> None:
+    folder, declared = right
+    rows = torch.cat([batch.input for batch in TextSource(model, documents, "layers.1", **SIZES).batches()])
+    scale = D**0.5 / float(rows.norm(dim=1).mean())
+    changed(folder, tmp_path, dict.fromkeys(("b_enc", "b_dec", "threshold"), lambda t: t * scale))
+    shown = verify(tmp_path, declared, status=1)
+    assert "not as declared: rows must be scaled to an average norm of sqrt(d), and are not" in shown
+
+
+def test_a_threshold_of_the_other_space(right, verify, tmp_path: Path) -> None:
+    folder, declared = right
+    changed(folder, tmp_path, dict.fromkeys(("b_enc", "b_dec"), lambda t: t * 0.05))
+    shown = verify(tmp_path, declared, "--option", "norm_scaling_factor=0.05", status=1)
+    assert "not as declared: the threshold is that of raw rows" in shown
+
+
+def test_a_k_that_no_file_says(right, trained_model: Path, verify, tmp_path: Path) -> None:
+    """Qwen-Scope's layout: k stands in the name of the repository, from which this file was copied."""
+    folder, _ = right
+    w, declared = load_file(folder / "sae_weights.safetensors"), {"l0": 6.0, "fvu": 0.12}
+    state = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"] - w["b_dec"] @ w["W_enc"]}
+    torch.save(state | {"b_dec": w["b_dec"]}, tmp_path / "layer1.sae.pt")
+    command = [tmp_path / "layer1.sae.pt", declared, "--model", trained_model, "--context-size", CONTEXT]
+    shown = verify(*command, status=0)
+    assert "note: k is not in its files: taken as 6, the declared L0" in shown
+    assert "tells little" not in shown
+    shown = verify(command[0], {"l0": declared["l0"]}, *command[2:], status=0)
+    assert "note: its L0 is its k on any rows, so it tells little" in shown
+    with pytest.raises(UnweaveError, match="k is not in the file: give k="):
+        verify(command[0], {"fvu": declared["fvu"]}, *command[2:], status=2)

@@ -73,9 +73,14 @@ def verify(
 def _show(verdict: Verdict) -> None:
     from rich.table import Table
 
-    table = Table("", "measured", "declared", *["put right"] * (verdict.after is not None), box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "", "measured", "declared", *["put right"] * (verdict.after is not None), box=None, padding=(0, 2, 0, 0)
+    )
     for name in ("l0", "fvu", "dead", "ce_recovered"):
-        row = [_number(getattr(verdict, name), "not measured"), _number(getattr(verdict.declared, name, None), "unknown")]
+        row = [
+            _number(getattr(verdict, name), "not measured"),
+            _number(getattr(verdict.declared, name, None), "unknown"),
+        ]
         if verdict.after is not None:
             row.append(_number(getattr(verdict.after, name), "not measured"))
         table.add_row(name.replace("_", " "), *row)

@@ -48,11 +48,11 @@ def neighbours(model: LanguageModel, site: str, target: str | None, d_in: int, d
     if target is not None and (there := _layer(target)) not in (None, layer):
         pairs += [(_moved(site, there - layer), target), (site, _moved(target, layer - there))]
     found: dict[str, Pair] = {}
-    seen = {_tensors(site, target)}
-    for read, written in pairs:
-        if _tensors(read, written) not in seen and _fits(model, read, d_in) and _fits(model, written or read, d_out):
-            seen.add(_tensors(read, written))
+    tried = {(_tensor(site), _tensor(target or site))}
+    for read, written in ((_tensor(a), b and _tensor(b)) for a, b in pairs):
+        if (read, written or read) not in tried and _fits(model, read, d_in) and _fits(model, written or read, d_out):
             found[read if written is None else f"{read} to {written}"] = (read, written)
+        tried.add((read, written or read))
     return found
 
 
@@ -65,14 +65,10 @@ def _moved(site: str, by: int) -> str:
     return re.sub(r"\d+", lambda n: str(int(n[0]) + by), site, count=1)
 
 
-def _tensors(site: str, target: str | None) -> tuple[str, str]:
+def _tensor(site: str) -> str:
     """One name for each tensor: what goes into a block is what comes out of the one before it."""
-
-    def one(name: str) -> str:
-        into = re.fullmatch(r"layers\.([1-9]\d*):input", name)
-        return f"layers.{int(into[1]) - 1}" if into else name
-
-    return one(site), one(target or site)
+    into = re.fullmatch(r"layers\.([1-9]\d*):input", site)
+    return f"layers.{int(into[1]) - 1}" if into else site
 
 
 def _fits(model: LanguageModel, site: str, width: int) -> bool:
