@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from typer.testing import CliRunner
 
 import unweave
@@ -63,7 +62,7 @@ def trained(model: LanguageModel, documents: list[str], site: str, target: str |
 def right(
     model: LanguageModel, documents: list[str], trained_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, float]]:
-    """SAELens's files of a square dictionary: square, so that nothing but numbers tells a transpose; and its numbers."""
+    """SAELens's files of a square dictionary, so that nothing but numbers tells a transpose; and its numbers."""
     dictionary, declared = trained(model, documents, "layers.1")
     folder = tmp_path_factory.mktemp("made") / "sae"
     return written(dictionary, folder, trained_model, "layers.1"), declared

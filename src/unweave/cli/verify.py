@@ -38,6 +38,9 @@ def verify(
     ce_recovered: Annotated[
         float | None, typer.Option(help="Its declared share of the model's loss recovered.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --store: go on although its files name another model or site.")
+    ] = False,
     option: Annotated[
         list[str] | None, typer.Option(help="What the files do not say, as name=value, such as k=32. Repeatable.")
     ] = None,
@@ -64,7 +67,7 @@ def verify(
         if given := [name for name, value in in_model.items() if value is not None]:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise UnweaveError(f"the activations in a store are made already: give either --store or {flags}")
-        verdict = verification.verify(thing, store, other or [], **shared)
+        verdict = verification.verify(thing, store, other or [], force=force, **shared)
     _show(verdict)
     if not verdict.matches:
         raise typer.Exit(1)

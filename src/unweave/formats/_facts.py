@@ -38,6 +38,11 @@ class Facts:
     missing: str | None = None
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What it was trained on, as a dictionary's ``trained_on`` says it."""
+        return {"model": self.model, "site": self.site, "target_site": self.target_site}
+
+    @property
     def l0(self) -> float | None:
         """The average number of features per row that it states itself."""
         stated = self._stated("average L0", "L0")

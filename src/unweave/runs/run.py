@@ -137,7 +137,9 @@ class Run:
     def dictionary(self) -> Dictionary:
         from unweave.dictionaries import Dictionary
 
-        return Dictionary.load(self.folder / "dictionary")
+        dictionary = Dictionary.load(self.folder / "dictionary")
+        dictionary.trained_on = self.provenance.get("source", {})
+        return dictionary
 
     @cached_property
     def features(self) -> FeatureStore | None:
@@ -179,6 +181,8 @@ class Run:
         return model
 
     def _check_model(self, model: LanguageModel) -> None:
+        from unweave.dictionaries._origin import same_model
+
         trained_on = self.provenance.get("source", {}).get("model", {})
         found = model.provenance
         for key in ("sha256", "revision", "d_model", "n_layers"):
@@ -187,6 +191,11 @@ class Run:
                     f"{self.folder} was trained on {trained_on.get('name')} ({key} {trained_on[key]}), but "
                     f"{found.get('name')} has {key} {found[key]}. Give the right model, or force=True (--force)."
                 )
+        if self._model_name and same_model(trained_on, found) is not True:
+            raise UnweaveError(
+                f"nothing tells whether {found.get('name')} is the model that {self.folder} was trained on, "
+                f"{trained_on.get('name', 'which is not known')}. If it is, say so by force=True (--force)."
+            )
 
     def encode(self, text: str) -> TextCode:
         """Run a text through the model and the dictionary.

@@ -40,7 +40,7 @@ class TextSites(SourceGroup):
     ) -> None:
         if not sites or len(set(sites)) < len(sites):
             raise UnweaveError(f"expected one site or more, all different, found {', '.join(sites) or 'none'}")
-        if options.get("target_site") is not None:
+        if options.pop("target_site", None) is not None:
             raise UnweaveError("several sites have no target_site in common: give {name: (site, target_site)}")
         if not isinstance(documents, Documents):
             documents = Documents.from_texts(documents)  # once, so that all read the same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 from unweave.errors import UnweaveError
 from unweave.formats import sites_called
 from unweave.sources import LanguageModel

@@ -12,6 +12,7 @@ from torch import Tensor
 from unweave import formats
 from unweave.activations import ActivationStore
 from unweave.batch import ActivationBatch
+from unweave.dictionaries._origin import check_origin
 from unweave.errors import UnweaveError
 from unweave.formats import Facts, Verdict
 from unweave.runs.opening import open_documents, open_model
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from unweave.dictionaries import Dictionary
 
 Say = Callable[[str], None]
+_DECLARED = ("l0", "fvu", "ce_recovered")
 
 
 def verify(
@@ -33,17 +35,25 @@ def verify(
     others: Sequence[str | Path] = (),
     *,
     n_rows: int = 4096,
+    force: bool = False,
     **declared_and_options: Any,
 ) -> Verdict:
     """:func:`unweave.formats.verify` on the first rows of an activation store.
 
     Args:
         store: of the checkpoint's site; with targets, for a transcoder. others: of sites it may be meant for instead.
+        force: go on where its files name another model or site than the store does.
         declared_and_options: as for :func:`unweave.formats.verify`.
 
     Raises:
-        UnweaveError: when nothing is declared, a store is of another width, or the checkpoint cannot be loaded.
+        UnweaveError: when nothing is declared, a store is of another width, model or site, or the checkpoint cannot be
+            loaded.
     """
+    if not force:
+        options = {n: value for n, value in declared_and_options.items() if n not in _DECLARED}
+        known = {name: value for name, value in formats.inspect(thing, **options).origin.items() if value}
+        provenance = ActivationStore.open(store).provenance
+        check_origin(known, {name: provenance.get(name) for name in known}, "verified on")
     rows, target = _stored(store, n_rows)
     found = {str(path): _stored(path, n_rows) for path in others}
     return formats.verify(thing, rows, target, others=found, **declared_and_options)
@@ -78,7 +88,7 @@ def verify_in_model(
     Raises:
         UnweaveError: for a model or site that nobody knows, a site of another width, and as formats.verify.
     """
-    declared = {name: declared_and_options.pop(name, None) for name in ("l0", "fvu", "ce_recovered")}
+    declared = {name: declared_and_options.pop(name, None) for name in _DECLARED}
     options = declared_and_options
     facts = formats.inspect(thing, **options)
     wanted = {"model": model or facts.model, "data": data, "site": site or facts.site or facts.hook}
