@@ -75,7 +75,8 @@ def verify_in_model(
 ) -> Verdict:
     """:func:`unweave.formats.verify` on activations of its model, with the share of the model's loss recovered.
 
-    On a mismatch the sites next to its own are tried as well, on the same tokens, from one pass of the model.
+    Unless the numbers are close the sites next to its own are tried as well, on the same text, from one pass of the
+    model.
 
     Args:
         model, site, target_site, context_size, bos: what the checkpoint's files say of these, where nothing is given.
@@ -121,14 +122,14 @@ def verify_in_model(
     here = _Kept(source, first_rows(source.batches(), n_rows))
     say(
         f"{opened.name} at {' to '.join(filter(None, pair))}: {len(here.rows):,} rows, contexts of "
-        f"{settings['context_size']} tokens{', each with BOS' if source.plan.prefix else ''}; {documents.describe()}"
+        f"{settings['context_size']} tokens{', each with BOS' if source.plan.prefix else ''}; text: {data}"
     )
     kept: dict[str | None, _Kept] = {None: here}
 
     def others() -> dict[str, tuple[Tensor, Tensor | None]]:
         pairs = neighbours(opened, *pair, here.d_in, here.d_out)
         if pairs:
-            say(f"not as declared: trying {', '.join(pairs)} as well")
+            say(f"trying {', '.join(pairs)} as well")
             group = TextSites(opened, documents, pairs, **settings)
             some = list(_until(group.batches(), n_rows))
             kept.update({name: _Kept(one, [b[name] for b in some]) for name, one in group.sources.items()})
