@@ -207,6 +207,8 @@ def test_what_nobody_says_is_asked_for(
         verify(unknown, declared, *given, "model.layers.1.mlp.up_proj", status=2)
     with pytest.raises(UnweaveError, match="needs something to compare with"):
         verify(unknown, {}, *given, "layers.1", status=2)
+    renamed = written(formats.load(folder), tmp_path / "renamed", Path("owner/model"), "layers.1")
+    assert "note: its files name the model owner/model" in verify(renamed, declared, *given, "layers.1", status=0)
     with pytest.raises(UnweaveError, match=r"either --store or --model, --data"):
         verify(unknown, declared, "--model", trained_model, "--store", tmp_path, status=2)
     with pytest.raises(UnweaveError, match=r"--other goes with --store"):
@@ -272,7 +274,7 @@ def test_of_a_real_model(demo_run: Path, tmp_path: Path) -> None:
     right = formats.write(run.dictionary, "saelens", tmp_path / "right", facts)
     said = {name: run.evaluation["metrics"][name]["value"] for name in ("l0", "fvu", "ce_loss_recovered")}
     command = ["--data", "wheel:sae-probes", "--l0", said["l0"], "--fvu", said["fvu"]]
-    command += ["--ce-recovered", said["ce_loss_recovered"], "--tokens", "2k"]
+    command += ["--ce-recovered", said["ce_loss_recovered"], "--tokens", "1k"]
 
     def shown(thing: Path, status: int) -> str:
         words = [str(word) for word in ("verify", thing, *command)]

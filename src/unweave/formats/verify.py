@@ -19,6 +19,9 @@ from unweave.metrics import fvu as measure_fvu
 Sites = Mapping[str, tuple[Tensor, Tensor | None]]  # rows and targets by the name of the site
 Recovered = Callable[[Dictionary, str | None], float | None]
 
+NOTHING_DECLARED = (
+    "verify needs something to compare with: the declared l0= (--l0), fvu= (--fvu) or ce_recovered= (--ce-recovered)"
+)
 _TRIED_IN_MODEL = 3  # explanations whose loss is measured, where one is declared
 
 
@@ -133,7 +136,7 @@ def verify(
         raise UnweaveError("a declared ce_recovered= (--ce-recovered) can only be checked with the model: give it too")
     read, declared, notes = _read(thing, rows, Declared(l0, fvu, ce_recovered), format, options)
     if declared == Declared():
-        raise UnweaveError("verify needs something to compare with: the declared l0=, fvu= or ce_recovered=")
+        raise UnweaveError(NOTHING_DECLARED)
     target = rows if target is None else target
     here = _measure(read, rows, target)
     if recovered is not None:

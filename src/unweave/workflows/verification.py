@@ -12,9 +12,10 @@ from torch import Tensor
 from unweave import formats
 from unweave.activations import ActivationStore
 from unweave.batch import ActivationBatch
-from unweave.dictionaries._origin import check_origin
+from unweave.dictionaries._origin import check_origin, same_model
 from unweave.errors import UnweaveError
 from unweave.formats import Facts, Verdict
+from unweave.formats.verify import NOTHING_DECLARED
 from unweave.runs.opening import open_documents, open_model
 from unweave.runs.recipe import Recipe
 from unweave.sources import Source, TextSites, TextSource
@@ -92,6 +93,8 @@ def verify_in_model(
     declared = {name: declared_and_options.pop(name, None) for name in _DECLARED}
     options = declared_and_options
     facts = formats.inspect(thing, **options)
+    if all(said is None for said in (*declared.values(), facts.l0, facts.k)):
+        raise UnweaveError(NOTHING_DECLARED)  # before the model is loaded
     wanted = {"model": model or facts.model, "data": data, "site": site or facts.site or facts.hook}
     target_site = target_site or facts.target_site
     if facts.d_in != facts.d_out:
@@ -124,6 +127,8 @@ def verify_in_model(
         f"{opened.name} at {' to '.join(filter(None, pair))}: {len(here.rows):,} rows, contexts of "
         f"{settings['context_size']} tokens{', each with BOS' if source.plan.prefix else ''}; text: {data}"
     )
+    if facts.model and same_model(facts.model, opened.provenance) is not True:
+        say(f"note: its files name the model {facts.model}")
     kept: dict[str | None, _Kept] = {None: here}
 
     def others() -> dict[str, tuple[Tensor, Tensor | None]]:
