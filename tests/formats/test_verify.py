@@ -161,6 +161,16 @@ def test_what_is_near_gives_way_to_what_is_close(right: Path, rows: Tensor, decl
     assert verify(right, later, **declared, others=worse).matches
 
 
+def test_one_row_that_makes_the_error_is_said(right: Path, rows: Tensor, declared: dict[str, float]) -> None:
+    outlier = torch.cat([rows, 3000 * torch.ones(1, D) + offset()])
+    weak = Parts("jumprelu", directions(), 0.2 * directions(), b_dec=offset(), b_pre=offset(), threshold=6.0)
+    verdict = verify(formats.write(fold(weak), "saelens", right.parent / "weak"), outlier, **declared)
+    assert not verdict.matches
+    assert verdict.worst > 0.9
+    assert any("one row of 4,001 alone makes" in note for note in verdict.notes)
+    assert verify(right, rows, **declared).worst < 0.1
+
+
 def test_worse_than_the_mean_row_never_matches(right: Path, rows: Tensor, tmp_path: Path) -> None:
     verdict = verify(changed(right, tmp_path, {"W_dec": torch.t}), rows, l0=3)
     assert verdict.fvu > 1

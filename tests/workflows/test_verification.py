@@ -274,7 +274,7 @@ def test_of_a_real_model(demo_run: Path, tmp_path: Path) -> None:
     right = formats.write(run.dictionary, "saelens", tmp_path / "right", facts)
     said = {name: run.evaluation["metrics"][name]["value"] for name in ("l0", "fvu", "ce_loss_recovered")}
     command = ["--data", "wheel:sae-probes", "--l0", said["l0"], "--fvu", said["fvu"]]
-    command += ["--ce-recovered", said["ce_loss_recovered"], "--tokens", "1k"]
+    command += ["--ce-recovered", said["ce_loss_recovered"], "--tokens", "2k"]
 
     def shown(thing: Path, status: int) -> str:
         words = [str(word) for word in ("verify", thing, *command)]

@@ -32,12 +32,14 @@ class Measured:
     Attributes:
         l0: features per row. fvu: the fraction of variance unexplained. dead: the share of features that fire on no
             row. ce_recovered: the share of the model's loss recovered; None where no model was at hand.
+        worst: the share of the squared error that is of one row alone, the worst.
     """
 
     l0: float
     fvu: float
     dead: float
     ce_recovered: float | None = None
+    worst: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ def verify(
     here = _measure(read, rows, target)
     if recovered is not None:
         here = replace(here, ce_recovered=recovered(_folded(read), None))
+    if not declared.near(here) and here.worst > 0.5:
+        words = (
+            f"one row of {len(rows):,} alone makes {here.worst:.0%} of the error: measure on more tokens, or other text"
+        )
+        notes = (*notes, words)
     verdict = Verdict(**vars(here), declared=declared, matches=declared.near(here), notes=notes)
     if declared.fvu is not None and declared.close(here):
         return verdict
@@ -235,5 +242,11 @@ def _measure(read: Parts | Dictionary, rows: Tensor, target: Tensor) -> Measured
         firing += float(code.l0().sum())
         fired[code.indices[code.values != 0].long()] = True
         made.append(dictionary.reconstruct(chunk, code))
-    l0, unexplained = firing / max(1, len(rows)), float(measure_fvu(target.float(), torch.cat(made)))
-    return Measured(l0, unexplained, float((~fired).float().mean()))
+    reconstruction, goal = torch.cat(made), target.float()
+    errors = (goal - reconstruction).square().sum(1)
+    return Measured(
+        firing / max(1, len(rows)),
+        float(measure_fvu(goal, reconstruction)),
+        float((~fired).float().mean()),
+        worst=float(errors.max() / errors.sum().clamp_min(1e-30)),
+    )
