@@ -82,7 +82,7 @@ def test_verify_compares_and_names_the_site(tmp_path: Path) -> None:
         unweave.harvest(unweave.ArraySource(some), tmp_path / name, n_rows=400)
     with torch.no_grad():
         l0 = float(dictionary.encode(rows).l0().float().mean())
-    command = ["verify", tmp_path / "sae", "--l0", l0, "--rows", 400, "--store"]
+    command = ["verify", tmp_path / "sae", "--l0", l0, "--tokens", 400, "--store"]
     shown = call(*command, tmp_path / "here")
     assert "as declared" in shown
     assert f"{l0:.4g}" in shown

@@ -108,7 +108,16 @@ FACTS = {
         *("gemma-scope", "google/gemma-2-9b", "layers.9.attn.heads", None, 9, 131072, 16, None),
     ),
     "gemma-scope-2b-pt-transcoders/layer_25/width_16k/average_l0_41": (
-        *("gemma-scope", "google/gemma-2-2b", None, "layers.25.mlp", 25, 16384, 41, None),
+        *(
+            "gemma-scope",
+            "google/gemma-2-2b",
+            "layers.25.pre_feedforward_layernorm",
+            "layers.25.post_feedforward_layernorm",
+            25,
+            16384,
+            41,
+            None,
+        ),
     ),
     "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6": (
         *("gemma-scope", "google/gemma-2-2b", None, None, None, 4096, 6, None),
@@ -117,7 +126,16 @@ FACTS = {
         *("gemma-scope-2", "google/gemma-3-12b-it", "layers.12", None, 12, 16384, None, None),
     ),
     "gemma-scope-2-270m-pt/transcoder_all/layer_3_width_262k_l0_big_affine": (
-        *("gemma-scope-2", "google/gemma-3-270m", None, "layers.3.mlp", 3, 262144, None, None),
+        *(
+            "gemma-scope-2",
+            "google/gemma-3-270m",
+            "layers.3.pre_feedforward_layernorm",
+            "layers.3.post_feedforward_layernorm",
+            3,
+            262144,
+            None,
+            None,
+        ),
     ),
     "Llama3_1-8B-Base-L15R-8x": (
         *("llama-scope", "meta-llama/Llama-3.1-8B", "layers.15", None, 15, 32768, None, None),
@@ -190,7 +208,7 @@ def test_patterns_fit_names_and_facts() -> None:
     assert {e.format for e in unweave.list_dictionaries("format=qwen*")} == {"qwen-scope"}
     assert {e.k for e in unweave.list_dictionaries("qwen-scope k=50")} == {50}
     assert all(e.layer is None for e in unweave.list_dictionaries("layer=unknown"))
-    assert unweave.list_dictionaries("layers.12.mlp", "gemma-2-2b")  # a site, and a part of a model's name
+    assert unweave.list_dictionaries("layers.12.attn", "gemma-2-2b")  # a site, and a part of a model's name
     assert len(unweave.list_dictionaries()) == len(catalogue.entries())
     assert unweave.list_dictionaries("qwen-scope", "gemma") == []
     with pytest.raises(UnweaveError, match="no fact 'lyer', as in 'lyer=3': did you mean 'layer'"):

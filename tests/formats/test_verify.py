@@ -12,6 +12,7 @@ from torch import Tensor
 
 import unweave
 from unweave import formats
+from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.formats import Facts, Parts, fold, verify
 from unweave.metrics import fvu
@@ -143,6 +144,78 @@ def test_what_no_trap_explains_is_said_to_be_wrong(right: Path, rows: Tensor, de
     verdict = verify(right, other, **declared)
     assert not verdict.matches
     assert verdict.trap is None
+
+
+def test_what_is_near_gives_way_to_what_is_close(right: Path, rows: Tensor, declared: dict[str, float]) -> None:
+    """The site next to the right one is often within the tolerance: a little noise, as a later layer adds."""
+    later = rows + 1.2 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
+    alone = verify(right, later, **declared)
+    assert (alone.matches, alone.trap) == (True, None)
+    assert alone.fvu > declared["fvu"] + 0.02
+    verdict = verify(right, later, **declared, others=lambda: {"layers.4": (rows, None)})
+    assert not verdict.matches
+    assert verdict.trap == "the rows are of another site: it is for those of layers.4"
+    assert verdict.after is not None
+    assert verdict.after.fvu == pytest.approx(declared["fvu"])
+    worse = {"layers.6": (later + torch.randn(rows.shape), None)}
+    assert verify(right, later, **declared, others=worse).matches
+
+
+def test_one_row_that_makes_the_error_is_said(right: Path, rows: Tensor, declared: dict[str, float]) -> None:
+    outlier = torch.cat([rows, 3000 * torch.ones(1, D) + offset()])
+    weak = Parts("jumprelu", directions(), 0.2 * directions(), b_dec=offset(), b_pre=offset(), threshold=6.0)
+    verdict = verify(formats.write(fold(weak), "saelens", right.parent / "weak"), outlier, **declared)
+    assert not verdict.matches
+    assert verdict.worst > 0.9
+    assert any("one row of 4,001 alone makes" in note for note in verdict.notes)
+    assert verify(right, rows, **declared).worst < 0.1
+
+
+def test_worse_than_the_mean_row_never_matches(right: Path, rows: Tensor, tmp_path: Path) -> None:
+    verdict = verify(changed(right, tmp_path, {"W_dec": torch.t}), rows, l0=3)
+    assert verdict.fvu > 1
+    assert not verdict.matches
+    assert verdict.trap == "the decoder is transposed"
+
+
+def test_a_norm_that_no_file_says_is_that_of_the_rows(
+    right: Path, rows: Tensor, declared: dict[str, float], tmp_path: Path
+) -> None:
+    """Llama Scope's R1-Distill release: weights for rows of norm sqrt(d), and no norm."""
+    w, scale = load_file(right / "sae_weights.safetensors"), D**0.5 / float(rows.norm(dim=1).mean())
+    biases = {"encoder.bias": (w["b_enc"] - w["b_dec"] @ w["W_enc"]) * scale, "decoder.bias": w["b_dec"] * scale}
+    matrices = {"encoder.weight": w["W_enc"].T.contiguous(), "decoder.weight": w["W_dec"].T.contiguous()}
+    threshold = {"log_jumprelu_threshold": (w["threshold"] * scale).log()}
+    save_file(matrices | biases | threshold, tmp_path / "sae_weights.safetensors")
+    verdict = verify(tmp_path, rows, **declared)
+    assert verdict.matches
+    assert verdict.notes == (
+        f"norm is not in its files: taken as {D**0.5 / scale:.6g}, the average norm of these rows",
+    )
+
+
+def test_a_loss_is_measured_of_what_is_put_right(
+    right: Path, rows: Tensor, declared: dict[str, float], tmp_path: Path
+) -> None:
+    asked: list[str | None] = []
+
+    def recovered(dictionary: Dictionary, site: str | None) -> float:
+        asked.append(site)
+        return 1 - float(fvu(rows, dictionary(rows)))
+
+    verdict = verify(changed(right, tmp_path, {"W_dec": torch.t}), rows, ce_recovered=0.99, recovered=recovered)
+    assert verdict.trap == "the decoder is transposed"
+    assert verdict.after is not None
+    assert verdict.after.ce_recovered is not None
+    assert verdict.after.ce_recovered > 0.98 > 0.5 > (verdict.ce_recovered or 0)
+    assert asked == [None, None]
+    with pytest.raises(UnweaveError, match="can only be checked with the model"):
+        verify(right, rows, ce_recovered=0.99)
+
+
+def test_an_option_that_the_format_does_not_have(right: Path, rows: Tensor) -> None:
+    with pytest.raises(UnweaveError, match="takes no option 'kk'"):
+        verify(right, rows, l0=3, kk=5)
 
 
 def test_nothing_to_compare_with(right: Path, rows: Tensor) -> None:

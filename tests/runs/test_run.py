@@ -102,6 +102,11 @@ def test_another_model_is_refused_unless_forced(folder, tiny_model, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model, moved)
     assert len(unweave.load(folder, model=str(moved)).encode("the cat")) > 0
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("activations"))
+    (tmp_path / "run" / "provenance.json").unlink()  # nothing is left that tells one model from another
+    with pytest.raises(UnweaveError, match=r"nothing tells whether .*moved is the model"):
+        unweave.load(tmp_path / "run", model=str(moved)).encode("the cat")
+    assert len(unweave.load(tmp_path / "run", model=str(moved), force=True).encode("the cat")) > 0
 
 
 def test_broken_runs_are_told_apart(folder, tmp_path):

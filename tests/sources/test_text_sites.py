@@ -79,6 +79,16 @@ def test_stores_of_several_sites_are_those_of_each_alone(model, texts, tmp_path)
         assert one.n_rows >= 600
 
 
+def test_sites_with_targets_of_their_own(model, texts):
+    pairs = {"a": ("layers.1.mlp:input", "layers.1.mlp"), "b": ("layers.2", None)}
+    group = TextSites(model, texts, pairs, **OPTIONS)
+    together = next(group.batches())
+    for name, (site, target) in pairs.items():
+        alone = next(TextSource(model, texts, site, target_site=target, **OPTIONS).batches())
+        assert torch.equal(together[name].input, alone.input)
+        assert torch.equal(together[name].target, alone.target)
+
+
 def test_texts_are_documents_once(model, documents):
     group = TextSites(model, documents[:30], SITES[:2])
     first, second = group.sources.values()

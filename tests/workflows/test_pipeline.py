@@ -92,7 +92,7 @@ def test_measuring_a_finished_run_leaves_its_provenance_alone(tiny_model, corpus
     made = read_json(path)
     made["hardware"]["accelerator"] = "what it was trained on"
     write_json(path, made)
-    quiet(Recipe.of_run(tmp_path / "run"), tmp_path / "run").index(force=True)
+    quiet(Recipe.of_run(tmp_path / "run"), tmp_path / "run").index(again=True)
     after = read_json(path)
     assert after["hardware"] == made["hardware"]
     assert after["stages"]["harvest"] == made["stages"]["harvest"]

@@ -21,6 +21,7 @@ from unweave.analysis.attention_trace import AttentionTrace
 from unweave.codes import SparseCode
 from unweave.dictionaries import Dictionary
 from unweave.dictionaries._linear import LinearDictionary
+from unweave.dictionaries._origin import check_origin
 from unweave.errors import UnweaveError
 
 
@@ -57,13 +58,13 @@ class AttentionAttribution:
 
     Args:
         trace: of the sequence, down to this layer at least. layer: whose heads the dictionary was trained on.
-        dictionary: with a linear encoder.
+        dictionary: with a linear encoder. force: go on with one that was loaded and is not known to be for this site.
 
     Raises:
-        UnweaveError: for an encoder that is not linear, or a dictionary of another width.
+        UnweaveError: for an encoder that is not linear, or a dictionary of another width or site.
     """
 
-    def __init__(self, trace: AttentionTrace, layer: int, dictionary: Dictionary) -> None:
+    def __init__(self, trace: AttentionTrace, layer: int, dictionary: Dictionary, *, force: bool = False) -> None:
         if not isinstance(dictionary, LinearDictionary):
             raise UnweaveError(
                 f"direct attribution splits a pre-activation that is linear in its input; {dictionary.name!r} has none"
@@ -75,6 +76,8 @@ class AttentionAttribution:
                 f"the heads of layer {layer} are {width} wide, the dictionary takes {dictionary.d_in}: was it trained "
                 f"on layers.{layer}.attn.heads of this model?"
             )
+        if not force:
+            check_origin(dictionary.trained_on, {"site": f"layers.{layer}.attn.heads"}, "used at")
         self._check_linear()
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ def evaluate(
     folder: RunFolder,
     tokens: Annotated[str | None, typer.Option(help="Held-out activations to measure on, such as 100k.")] = None,
     loss_tokens: Annotated[str | None, typer.Option(help="Tokens for the metrics that run the whole model.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the model is another one.")] = False,
 ) -> None:
     """Measure a run's dictionary on held-out text and print the table, baselines beside."""
     from unweave.runs.recipe import EvaluationRecipe, Recipe
@@ -25,4 +26,4 @@ def evaluate(
         settings = settings.replace(tokens=count(tokens))
     if loss_tokens:
         settings = settings.replace(loss_tokens=count(loss_tokens, least=0))
-    show(pipeline.evaluate(settings, force=bool(tokens or loss_tokens)).table())
+    show(pipeline.evaluate(settings, again=bool(tokens or loss_tokens) or force, force=force).table())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -72,6 +72,8 @@ class Dictionary(nn.Module):
     Attributes:
         name: what it is registered as. Config: its config. citation: where the method comes from.
         good_for: when to choose it, in a line.
+        trained_on: of one that was loaded, what is known of the rows it was trained on, as their provenance says it
+            (``model``, ``site``, ``target_site``); None for one that was made in this process.
         betas: of Adam.
         linear_decoder: claims that ``decode(code)`` is ``code @ decoder_directions()`` plus a constant.
         learns_by_gradient: whether ``loss`` is differentiated; else the trainer hands its batches to ``absorb``.
@@ -98,6 +100,7 @@ class Dictionary(nn.Module):
     scaled_codes: ClassVar[bool] = True
     bfloat16: ClassVar[bool] = False
     needs_side: ClassVar[str] = ""
+    trained_on: Mapping[str, Any] | None = None
 
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()

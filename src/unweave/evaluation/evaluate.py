@@ -10,8 +10,9 @@ from torch import Tensor
 
 from unweave.batch import ActivationBatch
 from unweave.dictionaries._base import Dictionary
+from unweave.dictionaries._origin import check_origin
 from unweave.errors import UnweaveError
-from unweave.evaluation._match import check_model, check_provenance, check_widths
+from unweave.evaluation._match import check_model, check_widths
 from unweave.evaluation._rows import EvaluationRows, bar
 from unweave.evaluation.baselines import BASELINES
 from unweave.evaluation.bootstrap import Estimate, estimate
@@ -69,8 +70,9 @@ def evaluate(
             generous rival.
         n_bootstrap: resamples of documents for the 95 % intervals; 0 for none.
         seed: of the resamples and the random dictionary.
-        trained_on: the provenance of the dictionary's training rows; another model or site is refused.
-        force: go on where model or site do not match.
+        trained_on: the provenance of the dictionary's training rows; None for what is known of one that was loaded.
+            Another model or site is refused, and so is one that the dictionary is not known to be for.
+        force: go on all the same.
         progress: show a bar.
 
     Raises:
@@ -84,7 +86,7 @@ def evaluate(
     joined = next((str(provenance[s]) for s, parts in _PARTS if parts in provenance), None)
     has_loss = wanted and joined is None
     if not force:
-        check_provenance(trained_on or {}, provenance)
+        check_origin(dictionary.trained_on if trained_on is None else trained_on, provenance, "evaluated on")
         if has_loss:
             check_model(model, provenance)
     rivals = [] if baselines is False else list(BASELINES) if baselines is True else list(baselines)

@@ -15,6 +15,7 @@ from torch import Tensor
 from unweave.batch import ActivationBatch
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import Dictionary
+from unweave.dictionaries._origin import check_origin
 from unweave.errors import UnweaveError
 from unweave.features import _derive
 from unweave.features._columns import Columns, new_folder, write_column, write_manifest
@@ -48,6 +49,7 @@ def build_features(
     config: IndexConfig | None = None,
     n_rows: int | None = None,
     provenance: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> FeatureStore:
     """Encode batches once and write everything there is to know about each feature.
 
@@ -58,12 +60,16 @@ def build_features(
         token_bytes: the bytes of each token id; None for data without text.
         unembed: ``(m, d_out)`` directions to ``(m, vocabulary)`` logits; None where there are no output logits.
         config: how much to keep. n_rows: rows to expect, for the progress bar.
-        provenance: kept in the manifest.
+        provenance: of the rows, kept in the manifest.
+        force: go on with a dictionary that was loaded and is not known to be for that model and site.
 
     Raises:
-        UnweaveError: no rows, rows the dictionary refuses, codes that are not finite, tokens outside the
-            vocabulary, document numbers outside 0 .. 2^31, a folder that holds something else, a full disk.
+        UnweaveError: no rows, a dictionary of another model or site, rows the dictionary refuses, codes that are not
+            finite, tokens outside the vocabulary, document numbers outside 0 .. 2^31, a folder that holds something
+            else, a full disk.
     """
+    if not force:
+        check_origin(dictionary.trained_on, provenance or {}, "indexed on")
     return build_features_of_codes(
         folder,
         dictionary.n_features,

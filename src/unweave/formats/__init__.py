@@ -19,6 +19,7 @@ from unweave.formats import single_files as single_files
 from unweave.formats import sparsify as sparsify
 from unweave.formats._checkpoint import Checkpoint as Checkpoint
 from unweave.formats._facts import Facts as Facts
+from unweave.formats._facts import sites_called as sites_called
 from unweave.formats._fold import Parts as Parts
 from unweave.formats._fold import fold as fold
 from unweave.formats._hub import check_place as check_place
@@ -34,5 +35,7 @@ from unweave.formats.registry import recognised as recognised
 from unweave.formats.registry import register as register
 from unweave.formats.registry import writable as writable
 from unweave.formats.registry import write as write
+from unweave.formats.verify import Declared as Declared
+from unweave.formats.verify import Measured as Measured
 from unweave.formats.verify import Verdict as Verdict
 from unweave.formats.verify import verify as verify

@@ -37,6 +37,33 @@ class Facts:
     notes: tuple[str, ...] = ()
     missing: str | None = None
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it was trained on, as a dictionary's ``trained_on`` says it."""
+        return {"model": self.model, "site": self.site, "target_site": self.target_site}
+
+    @property
+    def l0(self) -> float | None:
+        """The average number of features per row that it states itself."""
+        stated = self._stated("average L0", "L0")
+        return float(stated) if isinstance(stated, int | float) and not isinstance(stated, bool) else None
+
+    @property
+    def context_size(self) -> int | None:
+        """Tokens per context in its training."""
+        stated = self._stated("context size", "context_size")
+        return stated if isinstance(stated, int) and stated > 1 else None
+
+    @property
+    def prepends_bos(self) -> bool | None:
+        """Whether each context began with BOS."""
+        stated = self._stated("prepend_bos")
+        return stated if isinstance(stated, bool) else None
+
+    def _stated(self, *names: str) -> Any:
+        """What ``context`` has under the first of these names, which differ by library."""
+        return next((self.context[name] for name in names if self.context.get(name) is not None), None)
+
     def rows(self) -> list[tuple[str, str]]:
         """Names and values for a card."""
         shown = [("format", self.format), ("architecture", self.architecture)]
@@ -68,6 +95,7 @@ _HOOKS = {
     "hook_resid_pre": "layers.{}:input",
     "hook_resid_post": "layers.{}",
     "hook_mlp_out": "layers.{}.mlp",
+    "mlp.hook_in": "layers.{}.mlp:input",
     "mlp.hook_out": "layers.{}.mlp",
     "hook_attn_out": "layers.{}.attn",
     "attn.hook_z": "layers.{}.attn.heads",
@@ -86,18 +114,35 @@ def site_of_hook(hook: str | None) -> str | None:
 
 
 def site_of_module(path: str | None) -> str | None:
-    """unweave's name for the output of a module such as ``layers.3.mlp`` or ``transformer.h.3``, or None."""
-    match = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attn|attention|self_attn))?", path or "")
+    """unweave's name for what a module such as ``layers.3.mlp`` or ``transformer.h.3`` puts out, or None.
+
+    What lies deeper in a block keeps its own name there: ``model.layers.3.mlp.act_fn`` is ``layers.3.mlp.act_fn``.
+    """
+    match = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(.+))?", path or "")
     if not match:
         return None
-    part = {"mlp": ".mlp", None: ""}.get(match[2], ".attn")
+    part = {None: "", "attention": ".attn", "self_attn": ".attn"}.get(match[2], f".{match[2]}")
     return f"layers.{match[1]}{part}"
+
+
+def sites_called(name: str) -> list[str]:
+    """What a site may be called here that another library calls ``name``, the likeliest first.
+
+    ``name`` is a TransformerLens hook, the path of a module, which may end in ``.output`` or ``.input``, or a name of
+    unweave's. Which of them there is, only a model can tell.
+    """
+    path = name.removesuffix(".output")
+    side = ":input" if path.endswith((".input", ":input")) else ""
+    path = path.removesuffix(".input").removesuffix(":input")
+    inside = site_of_module(path)
+    found = [site_of_hook(name), None if inside is None else inside + side, path + side]
+    return list(dict.fromkeys(one for one in found if one))
 
 
 def hook_of_site(site: str | None) -> str | None:
     """The TransformerLens hook of one of unweave's sites, or None."""
     for hook, pattern in _HOOKS.items():
         match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), site or "")
-        if match and hook != "mlp.hook_out":
+        if match and not hook.startswith("mlp.hook"):
             return f"blocks.{match[1]}.{hook}"
     return None

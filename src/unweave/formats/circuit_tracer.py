@@ -12,7 +12,7 @@ from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.files import write_tensors, write_text
 from unweave.formats._checkpoint import Checkpoint
-from unweave.formats._facts import Facts
+from unweave.formats._facts import Facts, site_of_hook
 from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.catalogue import Entry
@@ -58,7 +58,7 @@ class CircuitTracer(Format):
         (n_features, d_in), d_out = tensors.shape("W_enc", 2), tensors.shape("W_dec", 2)[1]
         layers = _layers(checkpoint)
         layer = _NAME.fullmatch(layers[0]) if len(layers) == 1 else None
-        activation, missing = _activation(tensors, config, k), None
+        activation, hook, missing = _activation(tensors, config, k), config.get("feature_input_hook", str), None
         if activation == "topk":
             k = _k(tensors, config, k)
             missing = None if k else "k is not in the file: give k="
@@ -73,8 +73,9 @@ class CircuitTracer(Format):
             k=k if activation == "topk" else None,
             dtype=tensors.info["W_enc"].dtype,
             model=config.get("model_name", str),
+            site=site_of_hook(f"blocks.{layer[1]}.{hook}") if layer else None,
             target_site=f"layers.{layer[1]}.mlp" if layer else None,
-            hook=config.get("feature_input_hook", str),
+            hook=hook,
             missing=missing,
         )
 

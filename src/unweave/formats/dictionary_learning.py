@@ -91,6 +91,8 @@ class DictionaryLearning(Format):
         if module and not site and layer is not None:
             end = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attn"}.get(module.partition("_layer")[0])
             site = None if end is None else f"layers.{layer}{end}"
+        io = buffer.get("io", str)
+        site, target = (f"{site}:input" if site and io and io.startswith("in") else site), site
         return Facts(
             self.name,
             _ARCHITECTURES.get(kind, kind),
@@ -101,7 +103,8 @@ class DictionaryLearning(Format):
             dtype=next(i.dtype for n, i in tensors.info.items() if n in ("encoder.weight", "W_enc")),
             library_class=kind,
             model=trainer.get("lm_name", str),
-            site=site if buffer.get("io", str) != "in" else None,
+            site=site,
+            target_site=target if io and io.startswith("in_") else None,
             hook=module,
             context={"context size": buffer.get("ctx_len", int), "steps": trainer.get("steps", int)},
             notes=tuple(notes),

@@ -23,8 +23,10 @@ from unweave.formats.registry import Format, register
 
 _KEYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _AFFINE = "affine_skip_connection"  # (d_in, d_out), applied to the raw row
-_SITES_1 = {"res": "layers.{}", "mlp": "layers.{}.mlp", "att": "layers.{}.attn.heads"}
-_SITES_2 = {"resid_post": "layers.{}", "attn_out": "layers.{}.attn.heads", "mlp_out": "layers.{}.mlp"}
+# The MLP's output is taken behind the norm that follows it; a transcoder reads what the norm before the MLP gives it.
+_MLP, _BEFORE_MLP = "layers.{}.post_feedforward_layernorm", "layers.{}.pre_feedforward_layernorm"
+_SITES_1 = {"res": "layers.{}", "mlp": _MLP, "att": "layers.{}.attn.heads"}
+_SITES_2 = {"resid_post": "layers.{}", "attn_out": "layers.{}.attn.heads", "mlp_out": _MLP}
 _REPOSITORY = re.compile(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)")
 _PUBLISHED = {"2b-pt": (*_SITES_1, "transcoders"), "9b-pt": (*_SITES_1,), "9b-it": ("res",), "27b-pt": ("res",)}
 _PLACE = re.compile(r"(?:layer_(\d+)|embedding)/width_(\w+)/average_l0_(\d+)")
@@ -119,19 +121,17 @@ class GemmaScope2(_GemmaScope):
         return 0.9 if checkpoint.keys(name) >= _KEYS else None
 
     def inspect(self, checkpoint: Checkpoint) -> Facts:
-        config, path = _settings(checkpoint), _path(checkpoint)
-        tensors, missing = _open(checkpoint), None
+        config, tensors, missing = _settings(checkpoint), _open(checkpoint), None
         if len(tensors.info["w_dec"].shape) == 3:
             missing = "one layer of a cross-layer transcoder: name the folder that holds the folders of all layers"
-        hook, target = config.get("hf_hook_point_in", str), config.get("hf_hook_point_out", str)
+        hook = config.get("hf_hook_point_in", str)
+        site, target = (_site(config.get(f"hf_hook_point_{way}", str)) for way in ("in", "out"))
         return _facts(
             self.name,
             checkpoint,
             model=config.get("model_name", str),
-            site=site_of_module((hook or "").removesuffix(".output")) if hook else None,
-            target_site=f"layers.{_number(path, 'layer_')}.mlp"
-            if target and _number(path, "layer_") is not None
-            else None,
+            site=site,
+            target_site=target if target != site else None,
             hook=hook,
             context={"L0": config.get("l0", object)},
             missing=missing,
@@ -146,7 +146,8 @@ class GemmaScope2(_GemmaScope):
         if not match or last != "params.safetensors":
             return None
         layer, pattern = int(match[2]), _SITES_2.get(match[1])
-        site, target_site = (pattern.format(layer), None) if pattern else (None, f"layers.{layer}.mlp")
+        both = (pattern, None) if pattern else (_BEFORE_MLP, _MLP)
+        site, target_site = (None if part is None else part.format(layer) for part in both)
         facts = {"model": model, "site": site, "target_site": target_site, "layer": layer}
         return Entry(self.name, repository, place, width=binary(match[3]), **facts)
 
@@ -203,7 +204,7 @@ def _of_repository(path: str, layer: int | None) -> tuple[str | None, str | None
     if layer is None:
         return model, None, None
     if match[3] == "transcoders":
-        return model, None, f"layers.{layer}.mlp"
+        return model, _BEFORE_MLP.format(layer), _MLP.format(layer)
     return model, _SITES_1[match[3]].format(layer), None
 
 
@@ -256,6 +257,10 @@ def _facts(format: str, checkpoint: Checkpoint, **known) -> Facts:
 
 def _settings(checkpoint: Checkpoint) -> Settings:
     return checkpoint.settings("config.json") if checkpoint.beside("config.json") else Settings({}, "config.json")
+
+
+def _site(hook: str | None) -> str | None:
+    return site_of_module((hook or "").removesuffix(".output"))
 
 
 def _path(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -203,7 +203,9 @@ def load(thing: str | Path, *, format: str | None = None, **options: Any) -> Dic
         facts = kind.inspect(checkpoint, **_known(kind, options))
         if facts.missing:
             raise UnweaveError(f"{checkpoint.called}: {facts.missing}")
-        return kind.read(checkpoint, **options)
+        dictionary = kind.read(checkpoint, **options)
+    dictionary.trained_on = facts.origin
+    return dictionary
 
 
 def inspect(thing: str | Path, *, format: str | None = None, **options: Any) -> Facts:

@@ -55,6 +55,7 @@ class Sparsify(Format):
             activation = str(skip_name(activation))
         transcodes = config.get("transcode", bool, False)
         hookpoint = Path(checkpoint.called).name
+        site = site_of_module(hookpoint)
         run = _run_settings(checkpoint)
         return Facts(
             self.name,
@@ -66,8 +67,8 @@ class Sparsify(Format):
             dtype=tensors.info["encoder.weight"].dtype,
             library_class="transcoder" if transcodes else "sae",
             model=run.get("model", str),
-            site=None if transcodes else site_of_module(hookpoint),
-            target_site=site_of_module(hookpoint) if transcodes else None,
+            site=f"{site}:input" if site and transcodes else site,
+            target_site=site if transcodes else None,
             hook=hookpoint,
             context={"dataset": run.get("dataset", object), "context size": run.get("ctx_len", object)},
             notes=("from the input of that module to its output",) if transcodes else (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,15 +54,25 @@ def reconstruct(dictionary: Dictionary, edit: CodeEdit | None = None, keep_error
             f"{dictionary.d_out}: the error of a transcoder belongs to its target, not to its input"
         )
 
-    def replace(rows: Tensor) -> Tensor:
+    return Reconstruct(dictionary, edit, keep_error)
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """What :func:`reconstruct` returns; ``splice`` asks it which dictionary it is of."""
+
+    dictionary: Dictionary
+    edit: CodeEdit | None
+    keep_error: bool
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        dictionary = self.dictionary
         x = dictionary.check_input(rows)
         code = dictionary.encode(x)
-        edited = code if edit is None else edit(code)
+        edited = code if self.edit is None else self.edit(code)
         decoded = dictionary.reconstruct(x, edited)
-        if not keep_error:
+        if not self.keep_error:
             return decoded
         change = decoded - dictionary.reconstruct(x, code)
         # Added in the wider of the two dtypes and rounded once, so that no change means not one bit of change.
         return (rows.to(torch.promote_types(rows.dtype, change.dtype)) + change.to(rows.device)).to(rows.dtype)
-
-    return replace

@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unweave.dictionaries._base import Dictionary
+from unweave.dictionaries._origin import check_origin
 from unweave.errors import UnweaveError
-from unweave.interventions.edits import RowEdit
+from unweave.interventions.edits import Reconstruct, RowEdit
 from unweave.sources.sites import Site, find_site
 
 
 @contextmanager
 def splice(
-    model: Any, site: Site | str, fn: RowEdit, positions: Tensor | None = None, *, read: Site | str | None = None
+    model: Any,
+    site: Site | str,
+    fn: RowEdit,
+    positions: Tensor | None = None,
+    *,
+    read: Site | str | None = None,
+    force: bool = False,
 ) -> Iterator[None]:
     """Within the ``with`` block, every forward of ``model`` has the rows of ``site`` replaced by ``fn(rows)``.
 
@@ -35,12 +43,19 @@ def splice(
             None means every position.
         read: take the rows given to ``fn`` from this site instead, which must run before ``site``. A transcoder
             reads the input of an MLP and writes its output.
+        force: go on where ``fn`` reconstructs with a dictionary that was loaded and is for another model or site, or
+            is not known to be for this one.
 
     Raises:
-        UnweaveError: for an unknown site, and during the forward for a mask or a result of the wrong shape.
+        UnweaveError: for an unknown site, a dictionary that may be for another, and during the forward for a mask or a
+            result of the wrong shape.
     """
     target = _site(model, site)
     source = target if read is None else _site(model, read)
+    made_by = fn.dictionary if isinstance(fn, Reconstruct) else fn
+    if isinstance(made_by, Dictionary) and not force:
+        place = {"model": getattr(model, "provenance", None), "site": source.name, "target_site": target.name}
+        check_origin(made_by.trained_on, place, "spliced into")
     held: list[Tensor] = []
 
     def keep(activation: Tensor) -> None:

@@ -151,7 +151,9 @@ class Run:
                 f"{self.folder} holds imported codes and no dictionary: import them again with the one they came from "
                 "(--dictionary), or encode with that one"
             )
-        return Dictionary.load(self.folder / "dictionary")
+        dictionary = Dictionary.load(self.folder / "dictionary")
+        dictionary.trained_on = self.provenance.get("source", {})
+        return dictionary
 
     @cached_property
     def features(self) -> FeatureStore | None:
@@ -193,6 +195,8 @@ class Run:
         return model
 
     def _check_model(self, model: LanguageModel) -> None:
+        from unweave.dictionaries._origin import same_model
+
         trained_on = self.provenance.get("source", {}).get("model", {})
         found = model.provenance
         for key in ("sha256", "revision", "d_model", "n_layers"):
@@ -201,6 +205,11 @@ class Run:
                     f"{self.folder} was trained on {trained_on.get('name')} ({key} {trained_on[key]}), but "
                     f"{found.get('name')} has {key} {found[key]}. Give the right model, or force=True (--force)."
                 )
+        if self._model_name and same_model(trained_on, found) is not True:
+            raise UnweaveError(
+                f"nothing tells whether {found.get('name')} is the model that {self.folder} was trained on, "
+                f"{trained_on.get('name', 'which is not known')}. If it is, say so by force=True (--force)."
+            )
 
     def encode(self, text: str) -> TextCode:
         """Run a text through the model and the dictionary.

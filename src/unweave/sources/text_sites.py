@@ -23,7 +23,8 @@ class TextSites(SourceGroup):
     would give, and a store harvested from it can be continued either way.
 
     Args:
-        model: the language model. documents: what it reads. sites: names of sites, all different.
+        model: the language model. documents: what it reads.
+        sites: names of sites, all different; or, by names of one's own, each site with its target site (or None).
         options: as for :class:`TextSource`, but no ``target_site``.
 
     Raises:
@@ -31,20 +32,28 @@ class TextSites(SourceGroup):
     """
 
     def __init__(
-        self, model: LanguageModel, documents: Documents | Sequence[str], sites: Sequence[str], **options: Any
+        self,
+        model: LanguageModel,
+        documents: Documents | Sequence[str],
+        sites: Sequence[str] | Mapping[str, tuple[str, str | None]],
+        **options: Any,
     ) -> None:
         if not sites or len(set(sites)) < len(sites):
             raise UnweaveError(f"expected one site or more, all different, found {', '.join(sites) or 'none'}")
-        if options.get("target_site") is not None:
-            raise UnweaveError("several sites from one pass have no target_site: use a TextSource for a transcoder")
+        if options.pop("target_site", None) is not None:
+            raise UnweaveError("several sites have no target_site in common: give {name: (site, target_site)}")
         if not isinstance(documents, Documents):
             documents = Documents.from_texts(documents)  # once, so that all read the same
         self.model = model
-        self._sources = {site: TextSource(model, documents, site, **options) for site in sites}
+        named = sites if isinstance(sites, Mapping) else {site: (site, None) for site in sites}
+        self._sources = {
+            name: TextSource(model, documents, site, target_site=target, **options)
+            for name, (site, target) in named.items()
+        }
 
     @property
     def sources(self) -> Mapping[str, TextSource]:
-        """The sources by site. Runs the model on the first batch once, for the reference norms of all."""
+        """The sources by name. Runs the model on the first batch once, for the reference norms of all."""
         sources = list(self._sources.values())
         missing = [source for source in sources if source.needs_references]
         if missing:
@@ -59,7 +68,7 @@ class TextSites(SourceGroup):
         return f"TextSites({self.model.name} at {', '.join(self._sources)}, {first.documents.describe()})"
 
     def batches(self, skip: int = 0, names: Collection[str] | None = None) -> Iterator[dict[str, ActivationBatch]]:
-        """Batches by site from number ``skip`` on; the model runs to the deepest of ``names``, no further."""
+        """Batches by name from number ``skip`` on; the model runs to the deepest of ``names``, no further."""
         wanted = {name: source for name, source in self.sources.items() if names is None or name in names}
         for source in wanted.values():
             source.forget_dropped()

@@ -109,7 +109,7 @@ class Pipeline:
         evaluation = None
         if self.recipe.evaluation:
             try:
-                evaluation = self.evaluate(force=self._remeasure)
+                evaluation = self.evaluate(again=self._remeasure)
             except NoText as error:  # too little text to hold some out: the rest of the run is none the worse
                 self.say(f"note: not evaluated, since there is {error}")
         if self.recipe.index:
@@ -188,15 +188,18 @@ class Pipeline:
 
     @cached_property
     def dictionary(self) -> Dictionary:
-        from unweave.dictionaries import Dictionary
+        from unweave.runs import Run
 
-        return Dictionary.load(self.folder / "dictionary")
+        return Run(self.folder).dictionary
 
-    def evaluate(self, settings: EvaluationRecipe | None = None, force: bool = False) -> Evaluation:
+    def evaluate(
+        self, settings: EvaluationRecipe | None = None, again: bool = False, force: bool = False
+    ) -> Evaluation:
+        """The measurements of the run, made if there are none or ``again``; ``force`` as for ``unweave.evaluate``."""
         from unweave.evaluation import Evaluation, evaluate
 
         path = self.folder / "evaluation.json"
-        if path.is_file() and not force:
+        if path.is_file() and not again:
             return Evaluation.load(path)
         settings = settings or self.recipe.evaluation or EvaluationRecipe()
         started = time.monotonic()
@@ -211,6 +214,7 @@ class Pipeline:
             n_bootstrap=settings.n_bootstrap,
             fit=self.store,
             trained_on=read_json(self.folder / "provenance.json").get("source"),
+            force=force,
         )
         if (reason := evaluation.data.get("loss_left_out")) is not None:
             self.say(f"note: the loss metrics are left out: {reason}")
@@ -218,11 +222,12 @@ class Pipeline:
         self._timed("evaluate", started)
         return evaluation
 
-    def index(self, settings: IndexRecipe | None = None, force: bool = False) -> FeatureStore:
+    def index(self, settings: IndexRecipe | None = None, again: bool = False, force: bool = False) -> FeatureStore:
+        """The feature store of the run, built if there is none or ``again``; ``force`` as for ``build_features``."""
         from unweave.features import FeatureStore, IndexConfig, build_features
 
         folder = self.folder / "features"
-        if (folder / "manifest.json").is_file() and not force:
+        if (folder / "manifest.json").is_file() and not again:
             return FeatureStore.open(folder)
         settings = settings or self.recipe.index or IndexRecipe()
         origin, rows = self.origin, self.origin
@@ -239,6 +244,7 @@ class Pipeline:
             config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
             n_rows=n_rows,
             provenance=origin.provenance,
+            force=force,
         )
         self._timed("index", started, rows=n_rows)
         return features
