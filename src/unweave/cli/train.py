@@ -37,6 +37,10 @@ def train(
     k: Annotated[
         float | None, typer.Option(help="Features that fire per token (k, or the target L0 of JumpReLU).")
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="mse of the rows; or end to end, through the model: kl to its predictions, ce of the text."),
+    ] = None,
     passes: Annotated[float | None, typer.Option(help="How often to go over the activations.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; each architecture has a default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random in training.")] = None,
@@ -71,6 +75,7 @@ def train(
         dictionary__arch=arch,
         dictionary__expansion=expansion,
         dictionary__n_features=n_features,
+        training__objective=objective,
         training__passes=passes,
         training__lr=lr,
         training__seed=seed,

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from unweave.config import Config, apply_overrides, read_yaml
 from unweave.errors import UnweaveError
 from unweave.features.config import IndexConfig
-from unweave.training.config import TrainingConfig
+from unweave.training import EndToEndConfig, TrainingConfig
 
 
 class ModelRecipe(Config):
@@ -109,15 +117,45 @@ class DictionaryRecipe(Config):
 
 
 class TrainingRecipe(TrainingConfig):
-    """:class:`TrainingConfig` with the number of rows left open: ``passes`` over the collected ones."""
+    """:class:`TrainingConfig` with the number of rows left open: ``passes`` over the collected ones.
+
+    Attributes:
+        objective: ``mse`` of the rows; or end to end, through the model the dictionary is spliced into: ``kl`` to the
+            untouched model's predictions, or ``ce``, the cross-entropy of the text. The model then reads text at every
+            step, so there is no store; ``batch_size`` counts rows in whole contexts.
+        kl_coefficient, ce_coefficient, downstream_coefficient, downstream_sites, local_coefficient: of end-to-end
+            training, see :class:`~unweave.training.EndToEndConfig`; the objective's own is 1 unless given.
+    """
 
     n_rows: PositiveInt | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     passes: PositiveFloat = 1
+    objective: Literal["mse", "kl", "ce"] = "mse"
+    kl_coefficient: NonNegativeFloat | None = None
+    ce_coefficient: NonNegativeFloat | None = None
+    downstream_coefficient: NonNegativeFloat | None = None
+    downstream_sites: tuple[str, ...] = ()
+    local_coefficient: NonNegativeFloat | None = None
+
+    @model_validator(mode="after")
+    def _only_end_to_end(self) -> Self:
+        if self.objective == "mse" and (named := self._end_to_end()):
+            raise ValueError(
+                f"{next(iter(named))} is of end-to-end training: set objective to kl or ce, or leave it out"
+            )
+        return self
+
+    def _end_to_end(self) -> dict[str, Any]:
+        """What was set of the fields of end-to-end training."""
+        names = EndToEndConfig.model_fields.keys() - TrainingConfig.model_fields.keys()
+        return {name: value for name in sorted(names) if (value := getattr(self, name)) not in (None, ())}
 
     def resolve(self, n_available: int) -> TrainingConfig:
         values = {name: getattr(self, name) for name in TrainingConfig.model_fields}
         values["n_rows"] = self.n_rows or round(self.passes * n_available)
-        return TrainingConfig(**values)
+        if self.objective == "mse":
+            return TrainingConfig(**values)
+        weights = {"kl_coefficient": 0.0, f"{self.objective}_coefficient": 1.0, **self._end_to_end()}
+        return EndToEndConfig(**values, **weights)
 
 
 class EvaluationRecipe(Config):
@@ -169,6 +207,15 @@ class Recipe(Config):
         from unweave.sources.chats import CHAT_DEFAULTS
 
         return {**values, "source": {**CHAT_DEFAULTS, **given["source"]}}
+
+    @model_validator(mode="after")
+    def _text_to_run(self) -> Self:
+        if self.training.objective != "mse" and self.store is not None:
+            raise ValueError(
+                f"training.objective={self.training.objective} runs the model on text at every step, and a store holds "
+                "rows: leave the store out and give --model, --data and --site"
+            )
+        return self
 
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:

@@ -42,6 +42,8 @@ class TrainingConfig(Config):
 
     # Fields that change no number: a run may be resumed with other values of these.
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "keep_checkpoint"})
+    # Whether the dictionary is asked to give its rows back, so that a large FVU means that something went wrong.
+    by_reconstruction: ClassVar[bool] = True
 
     n_rows: PositiveInt
     batch_size: PositiveInt = 2048

@@ -34,7 +34,7 @@ MEASURES: dict[str, tuple[str, str, bool, str]] = {
     "ce_zero": ("CE, zero", "", False, "the loss with the activation set to zero"),
 }
 HEADLINE = ("fvu", "l0", "ce_loss_recovered", "dead_share")
-CURVES = (("loss", "Loss"), ("fvu", "FVU"), ("l0", "L0"), ("dead_share", "Dead share"))
+CURVES = (("loss", "Loss"), ("kl", "KL"), ("ce", "CE"), ("fvu", "FVU"), ("l0", "L0"), ("dead_share", "Dead share"))
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ class Overview:
         found = recipe.get("training")
         settings: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
         last = self.metrics[-1] if self.metrics else {}
+        if settings.get("objective", "mse") != "mse":
+            pairs.append(("Objective", f"{str(settings['objective']).upper()}, end to end"))
         pairs.append(("Rows trained on", last.get("rows") or settings.get("n_rows")))
         pairs.append(("Steps", last.get("step")))
         for key, label in (("batch_size", "Batch size"), ("seed", "Seed")):
@@ -187,7 +189,9 @@ class Overview:
         pairs.append(("Median rows per second", float(np.median(speeds)) if speeds else None))
         pairs.append(("Rows mixed in the shuffle ring", last.get("effective_rows")))
         same = last.get("same_document_rate")
-        shown = [(name, number(value)) for name, value in pairs if value is not None]
+        shown = [
+            (name, value if isinstance(value, str) else number(value)) for name, value in pairs if value is not None
+        ]
         if isinstance(same, int | float) and math.isfinite(same):
             shown.append(("Row pairs from one document", percent(same)))
         return shown

@@ -37,7 +37,7 @@ class Pipeline:
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, say: Say = print) -> None:
-        self.recipe, self.folder, self.say = _with_side(recipe), Path(folder), say
+        self.recipe, self.folder, self.say = _settled(recipe), Path(folder), say
         self._remeasure = False
         if (self.folder / "recipe.yaml").is_file():
             self._compare_recipes(Recipe.of_run(self.folder))
@@ -132,14 +132,17 @@ class Pipeline:
 
     def train(self) -> Dictionary:
         from unweave.activations import RowStream
-        from unweave.training import train
+        from unweave.training import EndToEndConfig, train, train_end_to_end
 
         if (self.folder / "training.json").is_file():
             return self.dictionary
         dictionary, config = self.prepare()
-        started = time.monotonic()
-        stream = RowStream(self.origin, seed=config.seed)
-        trained = train(dictionary, stream, config, self.folder, trackers=self.recipe.trackers)
+        started, trackers = time.monotonic(), self.recipe.trackers
+        if isinstance(config, EndToEndConfig):
+            trained = train_end_to_end(dictionary, self.model, self.source, config, self.folder, trackers=trackers)
+        else:
+            stream = RowStream(self.origin, seed=config.seed)
+            trained = train(dictionary, stream, config, self.folder, trackers=trackers)
         self._timed("train", started, rows=config.n_rows)
         for line in trained.health:
             self.say(f"note: {line}")
@@ -165,6 +168,7 @@ class Pipeline:
         self.say(
             f"training {dictionary.name}: {dictionary.d_in} -> {dictionary.n_features:,} features on "
             f"{config.n_rows:,} rows ({config.n_rows / n_available:.1f} passes over {n_available:,})"
+            + ("" if config.by_reconstruction else f", end to end ({self.recipe.training.objective})")
         )
         return dictionary, config
 
@@ -174,11 +178,14 @@ class Pipeline:
 
         from unweave.dictionaries import get
         from unweave.sources import parse_device
+        from unweave.training import EndToEndConfig, check_end_to_end
 
         recipe = self.recipe
         config = recipe.training.resolve(self._n_available)
         torch.manual_seed(config.seed if recipe.dictionary.seed is None else recipe.dictionary.seed)
         made = get(recipe.dictionary.arch)(dictionary_config(recipe, self.origin))
+        if isinstance(config, EndToEndConfig):
+            check_end_to_end(made, self.origin, config)
         return made.to(parse_device(recipe.model.device)), config
 
     @property
@@ -300,11 +307,14 @@ def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> D
     return kind.Config(**widths, **options)
 
 
-def _with_side(recipe: Recipe) -> Recipe:
-    """The recipe with the side inputs its architecture cannot do without, where it collects its own activations."""
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with what follows from it: no store for end-to-end training, and the side inputs its architecture
+    cannot do without, where it collects its own activations."""
     from unweave.dictionaries import get
 
     kind = get(recipe.dictionary.arch)
+    if recipe.training.objective != "mse":
+        recipe = recipe.replace(source=recipe.source.replace(stream=True))
     if not kind.needs_side or recipe.source.side is not None or recipe.store is not None:
         return recipe
     return recipe.replace(source=recipe.source.replace(side=kind.needs_side))
