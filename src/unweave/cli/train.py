@@ -19,6 +19,9 @@ def train(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second model of the same tokenizer, to compare with: for a crosscoder.")
+    ] = None,
     site: Annotated[
         str | None,
         typer.Option(help="layers.12, layers.12:input, layers.12.mlp, ...; joined: layers.6+layers.12"),
@@ -64,6 +67,7 @@ def train(
     recipe = read_recipe(
         settings,
         model__name=model,
+        against__name=against,
         data__documents=data,
         data__text_field=text_field,
         source__site=site,

@@ -181,8 +181,10 @@ class IndexRecipe(IndexConfig):
 class Recipe(Config):
     """Everything that decides a run.
 
-    ``store`` names an ActivationStore made earlier; the model, data and source it was made with are then its own
-    and need not be repeated. ``trackers`` also send the training log to Weights & Biases or TensorBoard.
+    ``against`` names a second model of the same tokenizer, read at the same site: its rows stand beside those of
+    ``model``, for a crosscoder that tells what each has to itself (``unweave diff``). ``store`` names an
+    ActivationStore made earlier; the models, data and source it was made with are then its own and need not be
+    repeated. ``trackers`` also send the training log to Weights & Biases or TensorBoard.
     """
 
     model: ModelRecipe
@@ -194,6 +196,19 @@ class Recipe(Config):
     index: IndexRecipe | None = IndexRecipe()
     store: str | None = None
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    against: ModelRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_for_two_models(cls, values: Any) -> Any:
+        """What is left open of a second model is as for the first, and the architecture then is a crosscoder."""
+        groups = ("model", "against", "dictionary")
+        given = {key: _as_given(values.get(key, {})) for key in groups} if isinstance(values, dict) else {}
+        if not given.get("against") or any(not isinstance(group, dict) for group in given.values()):
+            return values
+        alike = {key: given["model"][key] for key in ("dtype", "device") if key in given["model"]}
+        crosscoder = {"arch": "batch_topk_crosscoder", **given["dictionary"]}
+        return {**values, "against": {**alike, **given["against"]}, "dictionary": crosscoder}
 
     @model_validator(mode="before")
     @classmethod
@@ -222,7 +237,7 @@ class Recipe(Config):
         """A YAML file (or nothing), with values given on the command line, then ``key=value`` overrides on top."""
         values = read_yaml(path) if path else {}
         values = apply_overrides(_merge(values, given), overrides)
-        for group in ("model", "data", "source"):
+        for group in ("model", "against", "data", "source"):
             if not isinstance(values.get(group, {}), dict):
                 raise UnweaveError(f"{group}: expected a group of keys, found {values[group]!r}")
         if values.get("store"):
@@ -262,6 +277,8 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
         **made_with["source"],
         "dtype": "int8" if store.manifest.dtype == "int8" else None,
     }
+    if values.get("against") and "against" not in made_with:
+        raise UnweaveError(f"{folder} holds the rows of one model: harvest both, with `unweave harvest --against`")
     for group, theirs in made_with.items():
         for key, ours in _with_whole_paths(values).get(group, {}).items():
             if key in theirs and key != "device" and ours != theirs[key]:
@@ -279,7 +296,7 @@ def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
         return str(Path(name).resolve()) if isinstance(name, str) and name and Path(name).exists() else name
 
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for group, key in (("model", "name"), ("data", "documents")):
+    for group, key in (("model", "name"), ("against", "name"), ("data", "documents")):
         if isinstance(values.get(group), dict) and key in values[group]:
             values[group][key] = whole(values[group][key])
     if isinstance(values.get("data"), dict) and isinstance(values["data"].get("documents"), list):

@@ -11,6 +11,7 @@ Patterns are spelled out when a source is opened; a composite site is called by 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,17 @@ def join_parts(site: AnySite, rows: Mapping[str, Tensor], keep: Tensor | None = 
 def parts_facts(names: Sequence[str], widths: Sequence[int]) -> list[dict[str, Any]]:
     """What provenance says of the parts of a composite site."""
     return [{"site": name, "width": width} for name, width in zip(names, widths)]
+
+
+def part_labels(provenance: Mapping[str, Any]) -> list[str]:
+    """What the parts of rows are called, in the order of their columns; empty for rows of one part.
+
+    The sites where they tell the parts apart; letters, from "a", for rows of several models, or of one site twice.
+    """
+    parts = provenance.get("target_parts") or provenance.get("parts") or []
+    sites = [str(part["site"]) for part in parts]
+    one_model = "sources" not in provenance or "model" in provenance
+    return sites if one_model and len(set(sites)) == len(sites) else list(string.ascii_lowercase[: len(sites)])
 
 
 def _expand(root: nn.Module, written: str) -> list[str]:

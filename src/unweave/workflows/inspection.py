@@ -56,8 +56,10 @@ def _run(folder: Path) -> tuple[str, Rows]:
     run = Run(folder)
     _, rows = _dictionary(folder / "dictionary")
     if run.recipe:
+        against = run.recipe.get("against")
         rows += [
             ("model", run.recipe["model"]["name"]),
+            *([("against", against["name"])] if against else []),
             ("site", run.recipe["source"]["site"]),
             ("text", _named(run.recipe["data"]["documents"])),
         ]

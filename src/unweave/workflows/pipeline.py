@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from unweave.batch import ActivationBatch
 from unweave.errors import NoText, UnweaveError
 from unweave.files import read_json
-from unweave.runs.opening import open_documents, open_model, open_sites, open_source
+from unweave.runs.opening import open_against, open_documents, open_model, open_sites, open_source
 from unweave.runs.provenance import environment, now, update_provenance
 from unweave.runs.recipe import EvaluationRecipe, IndexRecipe, Recipe
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unweave.dictionaries import Dictionary, DictionaryConfig
     from unweave.evaluation import Evaluation
     from unweave.features import FeatureStore
-    from unweave.sources import Documents, LanguageModel, TextSource
+    from unweave.sources import Documents, JoinedSource, LanguageModel, TextSource
     from unweave.training import TrainingConfig
 
 Say = Callable[[str], None]
@@ -46,8 +46,8 @@ class Pipeline:
         """Refuse a recipe that contradicts work already in the folder; what has not been used yet may change."""
         trained = (self.folder / "training.json").is_file() or any(self.folder.glob("checkpoints/*.safetensors"))
         harvested = (self.folder / "activations" / "manifest.json").is_file()
-        decided = {"model", "data", "source"} if harvested else set()
-        decided |= {"model", "data", "source", "store", "dictionary", "training"} if trained else set()
+        decided = {"model", "against", "data", "source"} if harvested or trained else set()
+        decided |= {"store", "dictionary", "training"} if trained else set()
         old, new = there.to_dict(), self.recipe.to_dict()
         changes = list(_differences({k: old[k] for k in decided}, {k: new[k] for k in decided}))
         changes = [c for c in changes if trained or c[0] != "source.tokens"]  # an unfinished store may still grow
@@ -73,14 +73,24 @@ class Pipeline:
         return open_model(self.recipe)
 
     @cached_property
+    def against(self) -> LanguageModel | None:
+        """The model to compare with, if there is one."""
+        if self.recipe.against is not None:
+            self.say(f"loading the model {self.recipe.against.name}")
+        return open_against(self.recipe, self.model)
+
+    @cached_property
     def documents(self) -> Documents:
         documents = open_documents(self.recipe)
         self.say(f"text: {documents.describe()}")
         return documents
 
     @cached_property
-    def source(self) -> TextSource:
-        return open_source(self.recipe, self.model, self.documents)
+    def source(self) -> TextSource | JoinedSource:
+        return self._source()
+
+    def _source(self, split: Literal["train", "held_out"] = "train", with_side: bool = True) -> Any:
+        return open_source(self.recipe, self.model, self.documents, split, with_side, self.against)
 
     @cached_property
     def store(self) -> ActivationStore | None:
@@ -149,13 +159,13 @@ class Pipeline:
         return self.dictionary
 
     @property
-    def origin(self) -> ActivationStore | TextSource:
+    def origin(self) -> ActivationStore | TextSource | JoinedSource:
         """Where the rows come from."""
         return self.source if self.store is None else self.store
 
     def share(self, other: Pipeline) -> None:
         """Use another run's model, text and activations, which must be the same as this one's."""
-        for name in ("model", "documents", "source", "store"):
+        for name in ("model", "against", "documents", "source", "store"):
             if name in vars(other):
                 setattr(self, name, vars(other)[name])
 
@@ -207,7 +217,7 @@ class Pipeline:
             return Evaluation.load(path)
         settings = settings or self.recipe.evaluation or EvaluationRecipe()
         started = time.monotonic()
-        held_out = open_source(self.recipe, self.model, self.documents, split="held_out", with_side=False)
+        held_out = self._source("held_out", with_side=False)
         evaluation = evaluate(
             self.dictionary,
             held_out,
@@ -234,7 +244,7 @@ class Pipeline:
         settings = settings or self.recipe.index or IndexRecipe()
         origin, rows = self.origin, self.origin
         if self.store is None and self.recipe.source.side:  # gradients would be made for nothing
-            rows = open_source(self.recipe, self.model, self.documents, with_side=False)
+            rows = self._source(with_side=False)
         n_rows = min(settings.tokens, self.recipe.source.tokens if self.store is None else self.store.n_rows)
         started = time.monotonic()
         features = build_features(
@@ -283,10 +293,11 @@ def harvest_only(recipe: Recipe, folder: str | Path, say: Say = print) -> Activa
     model = open_model(recipe)
     documents = open_documents(recipe)
     say(f"text: {documents.describe()}")
-    return _fill_store(recipe, open_source(recipe, model, documents), Path(folder), say)
+    source = open_source(recipe, model, documents, against=open_against(recipe, model))
+    return _fill_store(recipe, source, Path(folder), say)
 
 
-def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> DictionaryConfig:
+def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource | JoinedSource) -> DictionaryConfig:
     """The config of a recipe's dictionary, for rows of that width.
 
     Raises:
@@ -333,6 +344,8 @@ def harvest_sites(
     folder = Path(folder)
     if (folder / "manifest.json").exists():
         raise UnweaveError(f"{folder} is a store itself: choose another folder for the stores of several sites")
+    if recipe.against is not None:
+        raise UnweaveError("two models are read at one site at a time: give one --site, or join sites with a plus")
     model = open_model(recipe)
     documents = open_documents(recipe)
     say(f"text: {documents.describe()}")
@@ -352,18 +365,20 @@ def harvest_sites(
     )
 
 
-def _fill_store(recipe: Recipe, source: TextSource, folder: Path, say: Say) -> ActivationStore:
+def _fill_store(recipe: Recipe, source: TextSource | JoinedSource, folder: Path, say: Say) -> ActivationStore:
     """Harvest what a recipe asks for; the store remembers how its source is made."""
     from unweave.activations import harvest
 
     tokens = recipe.source.tokens
     _check_space(folder, tokens * _row_bytes(recipe, source))
-    say(f"site: {source.site.describe()}")
+    read = getattr(source, "joined", [source])
+    models = "" if len(read) == 1 else f", of {' and '.join(one.model.name for one in read)}"
+    say(f"site: {read[0].site.describe()}{models}")
     extra = {"recipe": _source_of(recipe)}
     return harvest(source, folder, n_rows=tokens, dtype=recipe.source.dtype, provenance_extra=extra)
 
 
-def _row_bytes(recipe: Recipe, source: TextSource) -> int:
+def _row_bytes(recipe: Recipe, source: TextSource | JoinedSource) -> int:
     """About what a row takes on disk, with its place, its token and (int8) its scale."""
     width = source.d_in + (source.d_out if recipe.source.target_site else 0)
     plain = 4 if recipe.model.dtype == "float32" else 2
@@ -377,7 +392,7 @@ def _source_of(recipe: Recipe) -> dict[str, Any]:
         values["source"].pop(name)
     if values["source"]["side"] is None:
         del values["source"]["side"]  # as in the stores made before there were side inputs
-    return {key: values[key] for key in ("model", "data", "source")}
+    return {key: values[key] for key in ("model", "against", "data", "source") if values[key] is not None}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
