@@ -75,6 +75,7 @@ class Dictionary(nn.Module):
         betas: of Adam.
         linear_decoder: claims that ``decode(code)`` is ``code @ decoder_directions()`` plus a constant.
         learns_by_gradient: whether ``loss`` is differentiated; else the trainer hands its batches to ``absorb``.
+        inference_note: what whoever reads its numbers should know of how it encodes once it is trained, in a sentence.
         needs_side: the side inputs without which it cannot be trained, as ``source.side`` names them; or "".
         ordered_features: claims that features are not interchangeable (nested prefixes, groups, experts): with its
             features in another order the dictionary may do something else. Else parameters and buffers are permuted
@@ -97,6 +98,7 @@ class Dictionary(nn.Module):
     homogeneous: ClassVar[bool] = False
     scaled_codes: ClassVar[bool] = True
     bfloat16: ClassVar[bool] = False
+    inference_note: ClassVar[str] = ""
     needs_side: ClassVar[str] = ""
 
     def __init__(self, config: DictionaryConfig) -> None:

@@ -22,7 +22,7 @@ def check_widths(dictionary: Dictionary, d_in: int, d_out: int, site: str | None
 def check_provenance(trained_on: Mapping[str, Any], source: Mapping[str, Any]) -> None:
     """Raise unless both provenances name the same model, site and target site; what one leaves out is not compared."""
     for expected, found, what in (
-        (_model(trained_on), _model(source), "model"),
+        *_models(trained_on, source),
         (trained_on.get("site"), source.get("site"), "site"),
         (_target(trained_on), _target(source), "target site"),
     ):
@@ -48,6 +48,13 @@ def _model(provenance: Mapping[str, Any]) -> Any:
     if isinstance(model, Mapping) and isinstance(model.get("model"), Mapping):
         model = model["model"]  # a model's own provenance may hold more than its identity
     return model
+
+
+def _models(trained_on: Mapping[str, Any], source: Mapping[str, Any]) -> list[tuple[Any, Any, str]]:
+    """The models to compare: one each, or those of each of several sources."""
+    theirs, ours = trained_on.get("sources"), source.get("sources")
+    pairs = zip(theirs, ours) if theirs and ours else [(trained_on, source)]
+    return [(_model(a), _model(b), "model") for a, b in pairs]
 
 
 def _target(provenance: Mapping[str, Any]) -> Any:

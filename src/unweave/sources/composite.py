@@ -73,13 +73,18 @@ def parts_facts(names: Sequence[str], widths: Sequence[int]) -> list[dict[str, A
     return [{"site": name, "width": width} for name, width in zip(names, widths)]
 
 
+def target_parts(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What provenance says of the parts of the target rows; nothing for rows of one part."""
+    tied = provenance.get("target_site") in (None, provenance.get("site"))
+    return provenance.get("parts" if tied else "target_parts") or []
+
+
 def part_labels(provenance: Mapping[str, Any]) -> list[str]:
-    """What the parts of rows are called, in the order of their columns; empty for rows of one part.
+    """What the parts of target rows are called, in the order of their columns; nothing for rows of one part.
 
     The sites where they tell the parts apart; letters, from "a", for rows of several models, or of one site twice.
     """
-    parts = provenance.get("target_parts") or provenance.get("parts") or []
-    sites = [str(part["site"]) for part in parts]
+    sites = [str(part["site"]) for part in target_parts(provenance)]
     one_model = "sources" not in provenance or "model" in provenance
     return sites if one_model and len(set(sites)) == len(sites) else list(string.ascii_lowercase[: len(sites)])
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from unweave.batch import ActivationBatch
 from unweave.errors import NoText, UnweaveError
@@ -149,7 +149,8 @@ class Pipeline:
         dictionary, config = self.prepare()
         started, trackers = time.monotonic(), self.recipe.trackers
         if isinstance(config, EndToEndConfig):
-            trained = train_end_to_end(dictionary, self.model, self.source, config, self.folder, trackers=trackers)
+            source = cast("TextSource", self.source)  # it was checked
+            trained = train_end_to_end(dictionary, self.model, source, config, self.folder, trackers=trackers)
         else:
             stream = RowStream(self.origin, seed=config.seed)
             trained = train(dictionary, stream, config, self.folder, trackers=trackers)
@@ -231,6 +232,8 @@ class Pipeline:
         )
         if (reason := evaluation.data.get("loss_left_out")) is not None:
             self.say(f"note: the loss metrics are left out: {reason}")
+        if (note := evaluation.data.get("note")) is not None:
+            self.say(f"note: {note}")
         evaluation.save(path)
         self._timed("evaluate", started)
         return evaluation
@@ -265,10 +268,10 @@ class Pipeline:
 
         Of a composite site the last part that does is read.
         """
+        from unweave.sources import target_parts
+
         found, end = None, 0
-        written = provenance["target_site"]
-        parts = provenance.get("target_parts" if written != provenance["site"] else "parts")
-        for part in parts or [{"site": written, "width": self.dictionary.d_out}]:
+        for part in target_parts(provenance) or [{"site": provenance["target_site"], "width": self.dictionary.d_out}]:
             start, end = end, end + part["width"]
             if part["site"] in self.model.sites() and not part["site"].endswith(".heads"):
                 found = slice(start, end)
