@@ -57,6 +57,7 @@ class ITDA(MatchingDictionary):
     citation = "Leask, Nanda, Al Moubayed 2025, Inference-time decomposition of activations, ICML, arXiv:2505.17769"
     good_for = "a dictionary in seconds, of real rows that can be looked at; comparing models by what they share"
     learns_by_gradient = False
+    atoms_are_rows = True
 
     source: Tensor
     size: Tensor

@@ -43,17 +43,6 @@ def part_columns(provenance: Mapping[str, Any]) -> dict[str, slice]:
     return found
 
 
-def part_names(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What the letters of parts stand for; empty where parts are called by their sites."""
-    each, found = provenance.get("sources", []), {}
-    for label, part, source in zip(part_labels(provenance), target_parts(provenance), each):
-        model = source.get("model")
-        name = model.get("name") if isinstance(model, Mapping) else None
-        if label != part["site"]:
-            found[label] = f"{name}, {part['site']}" if name else str(part["site"])
-    return found
-
-
 class PartFit(ReconstructionSums):
     """The fvu of some columns of the rows."""
 

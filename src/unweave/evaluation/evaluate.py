@@ -13,7 +13,7 @@ from unweave.dictionaries._base import Dictionary
 from unweave.errors import UnweaveError
 from unweave.evaluation._match import check_model, check_provenance, check_widths
 from unweave.evaluation._rows import EvaluationRows, bar
-from unweave.evaluation._splices import PartFit, Splice, find_splices, part_columns, part_names
+from unweave.evaluation._splices import PartFit, Splice, find_splices, part_columns
 from unweave.evaluation.baselines import BASELINES
 from unweave.evaluation.bootstrap import Estimate, estimate
 from unweave.evaluation.loss import LossSums, measure_loss, measure_splice
@@ -21,6 +21,7 @@ from unweave.evaluation.result import Evaluation
 from unweave.evaluation.sequences import SequenceSums, row_weights
 from unweave.interventions import RowEdit, reconstruct
 from unweave.metrics import FiringSums, GroupedSums, Groups, ReconstructionSums
+from unweave.sources import part_names
 
 _SCORES = 1 << 26  # (rows, n_features) scores made at a time: 256 MB as float32
 _COUNTS = 1 << 25  # (groups, n_features) firing counts kept: 128 MB

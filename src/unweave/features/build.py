@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,18 @@ from unweave.features._tally import COLUMNS, Tally, token_keys
 from unweave.features._tokens import Vocabulary
 from unweave.features._writer import CodeWriter
 from unweave.features.config import IndexConfig
+from unweave.features.feature import Origin
 from unweave.features.store import SNIPPET_AFTER, SNIPPET_BEFORE, FeatureStore
 from unweave.progress import track
 
 _COPY = 1 << 22  # elements copied at a time
 
 FROM_DICTIONARY = (
+    "part_norms",
+    "origin_document",
+    "origin_position",
+    "origin_text",
+    "origin_offsets",
     "similar_feature",
     "similar_cosine",
     "positive_logit_token",
@@ -45,6 +51,7 @@ def build_features(
     *,
     token_bytes: Sequence[bytes] | None = None,
     unembed: Callable[[Tensor], Tensor] | None = None,
+    origins: Mapping[int, Origin] | None = None,
     config: IndexConfig | None = None,
     n_rows: int | None = None,
     provenance: dict[str, Any] | None = None,
@@ -57,6 +64,7 @@ def build_features(
         folder: where to. dictionary: what encodes. batches: of whole items, in any order.
         token_bytes: the bytes of each token id; None for data without text.
         unembed: ``(m, d_out)`` directions to ``(m, vocabulary)`` logits; None where there are no output logits.
+        origins: by feature, the row of the data that its atom is, for a dictionary whose atoms are rows.
         config: how much to keep. n_rows: rows to expect, for the progress bar.
         provenance: kept in the manifest.
 
@@ -78,6 +86,9 @@ def build_features(
             write_column(building, "vocabulary", vocabulary.data)
             write_column(building, "vocabulary_offsets", vocabulary.offsets)
         _write_dictionary_columns(building, dictionary, unembed, vocabulary, config)
+        if origins:
+            for name, values in _derive.origins(origins, dictionary.n_features).items():
+                write_column(building, name, values)
         _finish(
             building, tally, writer.n_rows, config, vocabulary,
             {"dictionary": fingerprint(dictionary), "provenance": provenance or {}},
@@ -157,6 +168,8 @@ def _write_dictionary_columns(
         columns = _derive.similar(directions, config.n_similar)
         if unembed is not None:
             columns |= _derive.logits(directions, unembed, config.n_logits, vocabulary)
+        if (norms := dictionary.part_norms()) is not None:
+            columns["part_norms"] = norms.float().cpu().numpy()
     for name, values in columns.items():
         write_column(building, name, values)
 
@@ -192,8 +205,8 @@ def _finish(
             min(int(item_offsets[item + 1]), token + SNIPPET_AFTER + 1),
         )
 
-    logit_columns = {name: disk[name] for name in FROM_DICTIONARY if name.endswith("token") and name in disk}
-    columns |= _derive.search_text({**columns, **logit_columns, "tokens": disk["tokens"]}, vocabulary, window)
+    searched = {name: disk[name] for name in FROM_DICTIONARY if name in disk and not name.endswith("value")}
+    columns |= _derive.search_text({**columns, **searched, "tokens": disk["tokens"]}, vocabulary, window)
     for name, values in columns.items():
         write_column(building, name, values)
     counts = {

@@ -14,6 +14,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -87,6 +88,18 @@ def part_labels(provenance: Mapping[str, Any]) -> list[str]:
     sites = [str(part["site"]) for part in target_parts(provenance)]
     one_model = "sources" not in provenance or "model" in provenance
     return sites if one_model and len(set(sites)) == len(sites) else list(string.ascii_lowercase[: len(sites)])
+
+
+def part_names(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What letters among the labels of parts stand for: model and site."""
+    each, found = provenance.get("sources", []), {}
+    for label, part, source in zip(part_labels(provenance), target_parts(provenance), each):
+        model = source.get("model")
+        name = str(model.get("name") or "") if isinstance(model, Mapping) else ""
+        name = PurePath(name).name if PurePath(name).is_absolute() else name
+        if label != part["site"]:
+            found[label] = f"{name}, {part['site']}" if name else str(part["site"])
+    return found
 
 
 def _expand(root: nn.Module, written: str) -> list[str]:

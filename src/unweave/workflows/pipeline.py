@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from unweave.activations import ActivationStore
     from unweave.dictionaries import Dictionary, DictionaryConfig
     from unweave.evaluation import Evaluation
-    from unweave.features import FeatureStore
+    from unweave.features import FeatureStore, Origin
     from unweave.sources import Documents, JoinedSource, LanguageModel, TextSource
     from unweave.training import TrainingConfig
 
 Say = Callable[[str], None]
+_AROUND = 24  # tokens of text kept on each side of an atom's own
 
 
 class Pipeline:
@@ -256,6 +257,7 @@ class Pipeline:
             first_rows(rows.batches(), n_rows),
             token_bytes=self.model.token_bytes(),
             unembed=self._unembed(origin.provenance),
+            origins=self._origins(),
             config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
             n_rows=n_rows,
             provenance=origin.provenance,
@@ -263,22 +265,68 @@ class Pipeline:
         self._timed("index", started, rows=n_rows)
         return features
 
+    def _origins(self) -> dict[int, Origin] | None:
+        """The rows that the atoms are, with their texts, where the dictionary is made of rows; one more pass."""
+        if not self.dictionary.atoms_are_rows:
+            return None
+        from unweave.analysis import atom_sources
+        from unweave.features import Origin
+
+        n_rows = self.recipe.source.tokens if self.store is None else self.store.n_rows
+        found = atom_sources(
+            self.dictionary, _First(self.origin, n_rows), token_strings=self.model.token_strings, context=_AROUND
+        )
+        self.say(f"found the text of {len(found):,} of {self.dictionary.n_features:,} atoms")
+        return {feature: Origin(s.document, s.position, s.before, s.text, s.after) for feature, s in found.items()}
+
     def _unembed(self, provenance: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
         """What atoms do to the logits, where they live in the residual stream, so that the output head can read them.
 
-        Of a composite site the last part that does is read.
+        Of a composite site the last part that does is read; of two models the one where the atom is the longer, each
+        norm in units of the rows there.
         """
-        from unweave.sources import target_parts
+        import torch
 
-        found, end = None, 0
-        for part in target_parts(provenance) or [{"site": provenance["target_site"], "width": self.dictionary.d_out}]:
-            start, end = end, end + part["width"]
-            if part["site"] in self.model.sites() and not part["site"].endswith(".heads"):
-                found = slice(start, end)
-        if found is None:
-            return None
-        columns = found
-        return lambda directions: self.model.unembed(directions[:, columns])
+        if self.against is None:
+            columns = _in_the_stream(provenance, self.model, self.dictionary.d_out)
+            return None if columns is None else lambda directions: self.model.unembed(directions[:, columns])
+        half = self.dictionary.d_out // 2
+        units = getattr(self.dictionary, "part_rms", torch.ones(2))
+        read = [
+            (one, _in_the_stream(source, one, half))
+            for one, source in zip((self.model, self.against), provenance["sources"])
+        ]
+
+        def effect(directions: Tensor) -> Tensor:
+            atoms = directions.split(half, dim=1)
+            lengths = torch.stack([atom.norm(dim=1) for atom in atoms], dim=1) / units
+            logits = [model.unembed(atom[:, columns]) for (model, columns), atom in zip(read, atoms)]
+            n = min(one.shape[1] for one in logits)  # one may have its output padded
+            return torch.where((lengths[:, 0] >= lengths[:, 1])[:, None], *(one[:, :n] for one in logits))
+
+        return None if any(columns is None for _, columns in read) else effect
+
+
+def _in_the_stream(provenance: Mapping[str, Any], model: LanguageModel, width: int) -> slice | None:
+    """The columns of a source's target rows that are in the residual stream, the last of several; None if none are."""
+    from unweave.sources import target_parts
+
+    found, end = None, 0
+    for part in target_parts(provenance) or [{"site": provenance["target_site"], "width": width}]:
+        start, end = end, end + part["width"]
+        if part["site"] in model.sites() and not part["site"].endswith(".heads"):
+            found = slice(start, end)
+    return found
+
+
+class _First:
+    """The beginning of a source, which may be far longer than what was used of it."""
+
+    def __init__(self, origin: Any, n_rows: int) -> None:
+        self.d_in, self._origin, self._n_rows = origin.d_in, origin, n_rows
+
+    def batches(self) -> Iterator[ActivationBatch]:
+        return first_rows(self._origin.batches(), self._n_rows)
 
 
 def first_rows(batches: Iterable[ActivationBatch], n_rows: int) -> Iterator[ActivationBatch]:
