@@ -323,7 +323,7 @@ class Feature:
                 f"max {self.max_value:.3g}, mean {self.mean_value:.3g}"
             ]
         rows = {
-            "is the row": [str(self.origin)] if self.origin else [],
+            "is row of": [str(self.origin)] if self.origin else [],
             "lies in": [f"{part} {share:.0%}" for part, share in self.part_shares],
             "top tokens": [f"{t!r} {share:.0%}" for t, share in self.top_tokens[:6]],
             "raises": [f"{t!r} {v:+.2f}" for t, v in self.positive_logits[:6]],
