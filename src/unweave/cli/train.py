@@ -37,6 +37,9 @@ def train(
     arch: Annotated[str | None, typer.Option(help="The architecture; `unweave archs` lists them.")] = None,
     expansion: Annotated[float | None, typer.Option(help="Features per input dimension.")] = None,
     n_features: Annotated[int | None, typer.Option(help="Number of features, instead of --expansion.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Go on from this run's dictionary, on its model, site and text.")
+    ] = None,
     k: Annotated[
         float | None, typer.Option(help="Features that fire per token (k, or the target L0 of JumpReLU).")
     ] = None,
@@ -76,6 +79,7 @@ def train(
         source__stream=stream,
         store=str(store) if store else None,
         trackers=track,
+        dictionary__start=str(start) if start else None,
         dictionary__arch=arch,
         dictionary__expansion=expansion,
         dictionary__n_features=n_features,

@@ -103,7 +103,8 @@ class SourceRecipe(Config):
 class DictionaryRecipe(Config):
     """Which dictionary; ``options`` are the fields of the architecture's own config (k, target_l0, ...).
 
-    ``seed`` is that of its first weights; None takes the training's, which also orders the rows.
+    ``seed`` is that of its first weights; None takes the training's, which also orders the rows. ``start`` names a run
+    whose dictionary to go on from instead: fine-tuning, such as end to end. What is not given is as it was in that run.
     """
 
     arch: str = "batch_topk"
@@ -111,6 +112,7 @@ class DictionaryRecipe(Config):
     n_features: PositiveInt | None = None
     seed: NonNegativeInt | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    start: str | None = None
 
     def width(self, d_in: int) -> int:
         return self.n_features or round(self.expansion * d_in)
@@ -242,6 +244,8 @@ class Recipe(Config):
                 raise UnweaveError(f"{group}: expected a group of keys, found {values[group]!r}")
         if values.get("store"):
             values = _with_store(values, str(values["store"]))
+        if (start := _as_given(values.get("dictionary") or {}).get("start")) is not None:
+            values = _with_start(values, str(start))
         return cls.from_dict(_with_whole_paths(values))
 
     @classmethod
@@ -289,6 +293,14 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
     return _merge(made_with, values)
 
 
+def _with_start(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What is not given, as in the run whose dictionary is gone on from."""
+    there = Recipe.of_run(folder).to_dict()
+    below = {key: there[key] for key in ("model", "against", "data", "source", "dictionary")}
+    below["source"] = {key: value for key, value in there["source"].items() if key not in ("stream", "dtype")}
+    return _merge(below, values)
+
+
 def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Paths that exist, made absolute: a run must work from wherever it is opened."""
 
@@ -296,7 +308,7 @@ def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
         return str(Path(name).resolve()) if isinstance(name, str) and name and Path(name).exists() else name
 
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for group, key in (("model", "name"), ("against", "name"), ("data", "documents")):
+    for group, key in (("model", "name"), ("against", "name"), ("data", "documents"), ("dictionary", "start")):
         if isinstance(values.get(group), dict) and key in values[group]:
             values[group][key] = whole(values[group][key])
     if isinstance(values.get("data"), dict) and isinstance(values["data"].get("documents"), list):

@@ -195,7 +195,11 @@ class Pipeline:
         recipe = self.recipe
         config = recipe.training.resolve(self._n_available)
         torch.manual_seed(config.seed if recipe.dictionary.seed is None else recipe.dictionary.seed)
-        made = get(recipe.dictionary.arch)(dictionary_config(recipe, self.origin))
+        wanted = dictionary_config(recipe, self.origin)
+        if recipe.dictionary.start is not None:
+            made, config = _started(recipe.dictionary.start, wanted), config.replace(continued=True)
+        else:
+            made = get(recipe.dictionary.arch)(wanted)
         if isinstance(config, EndToEndConfig):
             check_end_to_end(made, self.origin, config)
         return made.to(parse_device(recipe.model.device)), config
@@ -305,6 +309,24 @@ class Pipeline:
             return torch.where((lengths[:, 0] >= lengths[:, 1])[:, None], *(one[:, :n] for one in logits))
 
         return None if any(columns is None for _, columns in read) else effect
+
+
+def _started(folder: str, wanted: DictionaryConfig) -> Dictionary:
+    """The dictionary of a run, to be trained further."""
+    from unweave.runs import Run
+
+    made = Run(folder).dictionary
+    if made.config != wanted:
+        changes = _differences(made.config.to_dict(), wanted.to_dict())
+        name, there, now_ = next(changes, ("arch", made.name, "another"))
+        raise UnweaveError(
+            f"going on from {folder} means with its dictionary: {name} is {there!r} there and {now_!r} now; leave "
+            "the settings of the dictionary out, and name the site it was trained on"
+        )
+    if not made.learns_by_gradient or "n_parts" in type(made.config).model_fields:
+        why = "takes rows of several parts" if made.learns_by_gradient else "learns without gradients"
+        raise UnweaveError(f"{made.name} {why}: it cannot be gone on from, train it anew")
+    return made
 
 
 def _in_the_stream(provenance: Mapping[str, Any], model: LanguageModel, width: int) -> slice | None:
