@@ -44,8 +44,8 @@ class ITDA(MatchingDictionary):
 
     Learnt without gradients: the first d different rows are atoms, the most frequent of a batch first, and then every
     row that is reconstructed badly, ``1 - cos(x, x_hat) > tau``, is made an atom. An atom thus says where it came from
-    (``source``; a run keeps the text around it), and two dictionaries built from the same rows, of different models even, are compared by the rows they
-    chose (:func:`jaccard`).
+    (``source``; a run keeps the text around it, as the feature's label), and two dictionaries built from the same rows,
+    of different models even, are compared by the rows they chose (:func:`jaccard`).
 
     All rows of a batch are judged by the dictionary as it was before the batch; of rows that are equal up to rounding
     only the first is taken (our choice; the paper filters duplicates afterwards and does not say how). ``source`` holds
