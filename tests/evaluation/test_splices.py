@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,8 +136,9 @@ def test_each_of_two_models_has_its_own_numbers(pair, model, tuned, documents) -
     assert measured["kl:b"] > 0
     assert "ce_loss_recovered" not in measured
     assert {"fvu:b", "kl:a", "kl:b"} <= found.baselines["pca"].keys()
-    assert found.data["parts"] == {"a": f"{model.name}, layers.1", "b": f"{tuned.name}, layers.1"}
-    assert f"b: {tuned.name}" in found.caption()
+    names = {label: Path(one.name).name for label, one in (("a", model), ("b", tuned))}
+    assert found.data["parts"] == {label: f"{name}, layers.1" for label, name in names.items()}
+    assert f"b: {names['b']}" in found.caption()
     # The clean losses are those of each model measured by itself on the same rows.
     fit = torch.cat([batch.target for batch in pair.batches()])
     both = evaluate(parts(1, 1), pair, fit=fit, baselines=False, **SHORT)

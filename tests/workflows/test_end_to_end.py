@@ -120,9 +120,10 @@ def test_a_run_is_gone_on_from_end_to_end(local, tmp_path):
     ],
 )
 def test_going_on_means_with_the_same_dictionary(more, message, local, tmp_path):
-    done = command("train", "--from", local, *more, "--out", tmp_path / "run", "--stream")
+    done = command("train", "--from", local, *more, "--out", tmp_path / "run")
     with pytest.raises(UnweaveError, match=message):
         raise done.exception
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
     done = command("train", "--from", tmp_path / "nothing", "--out", tmp_path / "run")
     with pytest.raises(UnweaveError, match=r"nothing holds no recipe\.yaml"):
         raise done.exception

@@ -67,7 +67,8 @@ def check_end_to_end(dictionary: Dictionary, source: object, config: EndToEndCon
             behind to compare at; a dictionary that learns without gradients or with side inputs.
     """
     if not isinstance(source, TextSource):
-        raise UnweaveError(f"end-to-end training runs one language model on text at every step, found {source!r}")
+        found = "rows of several, joined" if hasattr(source, "joined") else repr(source)
+        raise UnweaveError(f"end-to-end training runs one language model on text at every step, found {found}")
     site = source.target_site
     if not isinstance(site, Site):
         raise UnweaveError(

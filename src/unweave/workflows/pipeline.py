@@ -131,7 +131,9 @@ class Pipeline:
         from unweave.training.trackers import make_trackers
 
         started = time.monotonic()
-        dictionary_config(self.recipe, self.source)  # mistakes should show before the work, not after
+        wanted = dictionary_config(self.recipe, self.source)  # mistakes should show before the work, not after
+        if self.recipe.dictionary.start is not None:
+            _started(self.recipe.dictionary.start, wanted)
         make_trackers(self.recipe.trackers)
         self._begin()
         store = _fill_store(self.recipe, self.source, folder, self.say)
@@ -274,11 +276,15 @@ class Pipeline:
         if not self.dictionary.atoms_are_rows:
             return None
         from unweave.analysis import atom_sources
-        from unweave.features import Origin
+        from unweave.features import Origin, decode_tokens
 
         n_rows = self.recipe.source.tokens if self.store is None else self.store.n_rows
+        pieces = self.model.token_bytes()
         found = atom_sources(
-            self.dictionary, _First(self.origin, n_rows), token_strings=self.model.token_strings, context=_AROUND
+            self.dictionary,
+            _First(self.origin, n_rows),
+            token_strings=lambda tokens: decode_tokens([pieces[token] for token in tokens]),
+            context=_AROUND,
         )
         self.say(f"found the text of {len(found):,} of {self.dictionary.n_features:,} atoms")
         return {feature: Origin(s.document, s.position, s.before, s.text, s.after) for feature, s in found.items()}
