@@ -201,6 +201,16 @@ def test_another_second_model_is_not_taken_for_the_first(run_folder, tiny_model,
         Pipeline(Recipe.of_run(run_folder), folder, say=lambda line: None)
 
 
+def test_the_recipe_of_a_run_is_a_recipe(run_folder, tiny_model, corpus):
+    written = Recipe.of_run(run_folder)
+    assert Recipe.read(run_folder / "recipe.yaml", {}, []) == written
+    alone = Recipe.from_dict(values_of(tiny_model, tiny_model, corpus)).replace(against=None)
+    alone.to_yaml(run_folder.parent / "alone.yaml")
+    assert Recipe.read(run_folder.parent / "alone.yaml", {}, []) == alone
+    with pytest.raises(UnweaveError, match="dictionary: expected a group of keys, found 'topk'"):
+        Recipe.read(None, {"dictionary": "topk"}, [])
+
+
 def test_special_tokens_may_differ(tiny_model, tuned_model, tmp_path):
     from transformers import AutoTokenizer
 

@@ -239,12 +239,14 @@ class Recipe(Config):
         """A YAML file (or nothing), with values given on the command line, then ``key=value`` overrides on top."""
         values = read_yaml(path) if path else {}
         values = apply_overrides(_merge(values, given), overrides)
-        for group in ("model", "against", "data", "source"):
+        if values.get("against", {}) is None:  # as a run's own file says it
+            del values["against"]
+        for group in ("model", "against", "data", "source", "dictionary"):
             if not isinstance(values.get(group, {}), dict):
                 raise UnweaveError(f"{group}: expected a group of keys, found {values[group]!r}")
         if values.get("store"):
             values = _with_store(values, str(values["store"]))
-        if (start := _as_given(values.get("dictionary") or {}).get("start")) is not None:
+        if (start := values.get("dictionary", {}).get("start")) is not None:
             values = _with_start(values, str(start))
         return cls.from_dict(_with_whole_paths(values))
 
