@@ -86,6 +86,24 @@ def tiny_model(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.fixture(scope="session")
+def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model as after a little more training: other weights from block 1 on, same tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for block in model.model.layers[1:]:
+            for weight in block.parameters():
+                weight.add_(0.3 * weight.std(correction=0) * torch.randn_like(weight))
+    folder = tmp_path_factory.mktemp("tiny-tuned")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
 TEMPLATE = """{% for turn in messages %}{% if turn.role not in ["system", "user", "assistant"] %}\
 {{ raise_exception("no such role: " + turn.role) }}{% endif %}\
 {{ "<|im_start|>" + turn.role + "\\n" + turn.content + "<|im_end|>" + "\\n" }}{% endfor %}"""

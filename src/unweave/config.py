@@ -42,7 +42,7 @@ class Config(pydantic.BaseModel):
             else:
                 where = f"{field}: " if field else ""
                 message = item["msg"].removeprefix("Value error, ")
-                found = "" if item["type"] == "missing" else f", found {_short(item.get('input'))}"
+                found = "" if item["type"] == "missing" or not field else f", found {_short(item.get('input'))}"
                 lines.append(f"{where}{message}{found}")
         return f"{cls.__name__}: " + "; ".join(lines)
 

@@ -13,7 +13,7 @@ from unweave.errors import UnweaveError
 from unweave.files import read_tensors
 from unweave.runs.recipe import Recipe
 from unweave.workflows import Pipeline, first_rows
-from unweave.workflows.pipeline import _check_space
+from unweave.workflows.harvesting import check_space
 
 SCRIPT = """
 import sys
@@ -111,7 +111,7 @@ def test_a_store_brings_its_own_recipe(tiny_model, corpus, tmp_path):
 
 def test_too_little_disk_is_told_before_the_work(tmp_path):
     with pytest.raises(UnweaveError, match=r"would take .* GB and .* GB free.*--stream"):
-        _check_space(tmp_path / "not" / "there", 10**18)
+        check_space(tmp_path / "not" / "there", 10**18)
 
 
 def test_first_rows_takes_whole_batches():

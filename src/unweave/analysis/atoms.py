@@ -109,8 +109,8 @@ def _described(
     at = int(batch.row_token[row])
     item = int(batch.items.item_of_token[at])
     start, end = int(batch.items.offsets[item]), int(batch.items.offsets[item + 1])
-    pieces = [
-        "".join(token_strings(batch.items.tokens[lo:hi].tolist()))
-        for lo, hi in ((max(start, at - context), at), (at, at + 1), (at + 1, min(end, at + 1 + context)))
-    ]
+    first, last = max(start, at - context), min(end, at + 1 + context)
+    strings = token_strings(batch.items.tokens[first:last].tolist())  # together: tokens may share a character
+    own = at - first
+    pieces = ["".join(strings[some]) for some in (slice(own), slice(own, own + 1), slice(own + 1, None))]
     return AtomSource(feature, n_before + row, *facts, *pieces)

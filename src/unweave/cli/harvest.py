@@ -15,6 +15,9 @@ def harvest(
         list[str] | None, typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE]...", help="A recipe file and overrides.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second model of the same tokenizer, to compare with: for a crosscoder.")
+    ] = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,6 +52,7 @@ def harvest(
     recipe = read_recipe(
         settings,
         model__name=model,
+        against__name=against,
         data__documents=data,
         data__text_field=text_field,
         source__site=site[0] if site else None,

@@ -19,6 +19,9 @@ def train(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or folder with a .gguf file.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second model of the same tokenizer, to compare with: for a crosscoder.")
+    ] = None,
     site: Annotated[
         str | None,
         typer.Option(help="layers.12, layers.12:input, layers.12.mlp, ...; joined: layers.6+layers.12"),
@@ -34,8 +37,15 @@ def train(
     arch: Annotated[str | None, typer.Option(help="The architecture; `unweave archs` lists them.")] = None,
     expansion: Annotated[float | None, typer.Option(help="Features per input dimension.")] = None,
     n_features: Annotated[int | None, typer.Option(help="Number of features, instead of --expansion.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Go on from this run's dictionary, on its model, site and text.")
+    ] = None,
     k: Annotated[
         float | None, typer.Option(help="Features that fire per token (k, or the target L0 of JumpReLU).")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="mse of the rows; or end to end, through the model: kl to its predictions, ce of the text."),
     ] = None,
     passes: Annotated[float | None, typer.Option(help="How often to go over the activations.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; each architecture has a default.")] = None,
@@ -60,6 +70,7 @@ def train(
     recipe = read_recipe(
         settings,
         model__name=model,
+        against__name=against,
         data__documents=data,
         data__text_field=text_field,
         source__site=site,
@@ -68,9 +79,11 @@ def train(
         source__stream=stream,
         store=str(store) if store else None,
         trackers=track,
+        dictionary__start=str(start) if start else None,
         dictionary__arch=arch,
         dictionary__expansion=expansion,
         dictionary__n_features=n_features,
+        training__objective=objective,
         training__passes=passes,
         training__lr=lr,
         training__seed=seed,

@@ -77,6 +77,9 @@ class Dictionary(nn.Module):
         betas: of Adam.
         linear_decoder: claims that ``decode(code)`` is ``code @ decoder_directions()`` plus a constant.
         learns_by_gradient: whether ``loss`` is differentiated; else the trainer hands its batches to ``absorb``.
+        atoms_are_rows: claims that atoms are rows of the training data, up to their length: a run then keeps the text
+            that each came from.
+        inference_note: what whoever reads its numbers should know of how it encodes once it is trained, in a sentence.
         needs_side: the side inputs without which it cannot be trained, as ``source.side`` names them; or "".
         ordered_features: claims that features are not interchangeable (nested prefixes, groups, experts): with its
             features in another order the dictionary may do something else. Else parameters and buffers are permuted
@@ -99,6 +102,8 @@ class Dictionary(nn.Module):
     homogeneous: ClassVar[bool] = False
     scaled_codes: ClassVar[bool] = True
     bfloat16: ClassVar[bool] = False
+    atoms_are_rows: ClassVar[bool] = False
+    inference_note: ClassVar[str] = ""
     needs_side: ClassVar[str] = ""
     trained_on: Mapping[str, Any] | None = None
 
@@ -123,6 +128,10 @@ class Dictionary(nn.Module):
     def decoder_directions(self) -> Tensor:
         """``(n_features, d_out)``, what each feature writes (for a non-linear decoder, its linear view)."""
         raise NotImplementedError
+
+    def part_norms(self) -> Tensor | None:
+        """``(n_features, n_parts)``, how much of each feature lies in each part of a row; None without parts."""
+        return None
 
     def reconstruct(self, x: Tensor, code: SparseCode) -> Tensor:
         """``(n, d_out)``: what is made of the rows ``x`` with their ``code``, worked out before or edited since.

@@ -50,6 +50,7 @@ class GSAE(TopK):
     )
     good_for = "features chosen by what they do to the model's loss, not by size alone"
     needs_side = "gradient"
+    inference_note = "features are selected by size alone, as for any new text; gradients were used in training only"
 
     gradient_norm: Tensor
 

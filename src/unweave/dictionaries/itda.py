@@ -44,8 +44,8 @@ class ITDA(MatchingDictionary):
 
     Learnt without gradients: the first d different rows are atoms, the most frequent of a batch first, and then every
     row that is reconstructed badly, ``1 - cos(x, x_hat) > tau``, is made an atom. An atom thus says where it came from
-    (``source``), and two dictionaries built from the same rows, of different models even, are compared by the rows they
-    chose (:func:`jaccard`).
+    (``source``; a run keeps the text around it, as the feature's label), and two dictionaries built from the same rows,
+    of different models even, are compared by the rows they chose (:func:`jaccard`).
 
     All rows of a batch are judged by the dictionary as it was before the batch; of rows that are equal up to rounding
     only the first is taken (our choice; the paper filters duplicates afterwards and does not say how). ``source`` holds
@@ -57,6 +57,7 @@ class ITDA(MatchingDictionary):
     citation = "Leask, Nanda, Al Moubayed 2025, Inference-time decomposition of activations, ICML, arXiv:2505.17769"
     good_for = "a dictionary in seconds, of real rows that can be looked at; comparing models by what they share"
     learns_by_gradient = False
+    atoms_are_rows = True
 
     source: Tensor
     size: Tensor

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unweave.errors import UnweaveError
 from unweave.interventions import RowEdit, splice
 from unweave.sources import Contexts
+from unweave.sources.composite import AnySite
 from unweave.sources.sites import Site, find_blocks
 
 Edit = tuple[RowEdit, Site]  # what to write at the target site, and the site whose rows it is given
@@ -61,6 +62,26 @@ class WholeForward:
 
     def logits(self, states: Tensor) -> Tensor:
         return states
+
+
+class RowsForward(WholeForward):
+    """The whole model, with rows that are made beforehand written at one site or several; the others follow.
+
+    What is written is made of the rows of the untouched model at all sites, so what goes in at one changes nothing of
+    what goes in behind it.
+    """
+
+    def __init__(self, model: Any, site: AnySite) -> None:
+        super().__init__(model.model, site.parts[0], model.model.config.get_text_config().vocab_size)
+        self.sites, self.widths = site.parts, model.widths(site)
+
+    def spliced(self, contexts: Contexts, edit: Any) -> Tensor:
+        """``edit``: a function, and the ``(n, d)`` rows of the spliced positions that it is given."""
+        fn, given = edit
+        with ExitStack() as stack:
+            for site, rows in zip(self.sites, fn(given).split(self.widths, dim=1)):
+                stack.enter_context(splice(self.model, site, _always(rows), contexts.spliced))
+            return self.clean(contexts)
 
 
 class ReplayForward:

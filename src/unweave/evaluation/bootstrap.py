@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unweave.errors import UnweaveError
-from unweave.evaluation.registry import METRICS
+from unweave.evaluation import registry
 from unweave.metrics import GroupedSums
 
 
@@ -58,7 +58,7 @@ def estimate(sums: GroupedSums, n_bootstrap: int = 1000, seed: int = 0, level: f
     result = {}
     for name, resampled in sums.statistics(weights).items():
         low, high = _interval(resampled, level)
-        if name in METRICS and METRICS[name].centre_interval:
+        if (metric := registry.of(name)) is not None and metric.centre_interval:
             shift = values[name] - float(np.mean(resampled))
             low, high = max(low + shift, 0.0), min(high + shift, 1.0)
         result[name] = Estimate(values[name], low, high, _version(name))
@@ -74,7 +74,8 @@ def _interval(resampled: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def _version(name: str) -> int:
-    return METRICS[name].version if name in METRICS else 1
+    metric = registry.of(name)
+    return 1 if metric is None else metric.version
 
 
 def _digits(value: float, width: float) -> str:

@@ -14,18 +14,19 @@ from unweave.dictionaries._origin import check_origin
 from unweave.errors import UnweaveError
 from unweave.evaluation._match import check_model, check_widths
 from unweave.evaluation._rows import EvaluationRows, bar
+from unweave.evaluation._splices import PartFit, Splice, find_splices, part_columns
 from unweave.evaluation.baselines import BASELINES
 from unweave.evaluation.bootstrap import Estimate, estimate
-from unweave.evaluation.loss import LossSums, measure_loss
+from unweave.evaluation.loss import LossSums, measure_loss, measure_splice
 from unweave.evaluation.result import Evaluation
 from unweave.evaluation.sequences import SequenceSums, row_weights
 from unweave.interventions import RowEdit, reconstruct
 from unweave.metrics import FiringSums, GroupedSums, Groups, ReconstructionSums
+from unweave.sources import part_names
 
 _SCORES = 1 << 26  # (rows, n_features) scores made at a time: 256 MB as float32
 _COUNTS = 1 << 25  # (groups, n_features) firing counts kept: 128 MB
-_PARTS = (("site", "parts"), ("target_site", "target_parts"))
-_NO_SPLICE = "{} is several sites of the model, and what is spliced into one changes the others"
+_NO_MODELS = "the rows are of several models and do not bring them along: give a JoinedSource of their TextSources"
 _BASELINE_METRICS = (
     *("fvu", "cosine", "ce_loss_recovered", "ce_loss_recovered_mean", "kl", "ce_spliced"),
     *("sequence_mse", "special_mse"),
@@ -50,9 +51,11 @@ def evaluate(
     """Measure a dictionary on rows it was not trained on.
 
     Reconstruction (fvu, cosine, l2_ratio, relative_bias) and firing (l0, dead_share, dense_share) need rows only.
-    The loss metrics (ce_*, kl) splice the reconstruction into the language model the rows came from; for a composite
-    site they are left out. On rows of dialogues, sequence_mse and special_mse weigh every dialogue alike, the latter by
-    the template's own tokens alone.
+    The loss metrics (ce_*, kl) splice the reconstruction into the language model the rows came from: of a composite
+    site at all its parts at once, each made of the untouched model's rows. Rows of several parts have an fvu for each
+    (``fvu:layers.6``), since in the common one the longest rule; rows of several models (a JoinedSource) have the loss
+    metrics of each model with its own part spliced in (``kl:a``, ``kl:b``). On rows of dialogues, sequence_mse and
+    special_mse weigh every dialogue alike, the latter by the template's own tokens alone.
 
     Args:
         dictionary: put in eval mode for the while.
@@ -82,9 +85,11 @@ def evaluate(
     site, target_site = provenance.get("site"), provenance.get("target_site") or provenance.get("site")
     check_widths(dictionary, source.d_in, source.d_out or source.d_in, site)
     model = model if model is not None else getattr(source, "model", None)
-    wanted = n_loss_tokens > 0 and hasattr(model, "site") and site is not None
-    joined = next((str(provenance[s]) for s, parts in _PARTS if parts in provenance), None)
-    has_loss = wanted and joined is None
+    has_model = any(hasattr(getattr(one, "model", model), "site") for one in getattr(source, "joined", [source]))
+    wanted = n_loss_tokens > 0 and site is not None and has_model
+    several = "parts" in provenance or "target_parts" in provenance
+    splices = find_splices(model, source, provenance) if wanted and several else []
+    has_loss = wanted and (bool(splices) or not several)
     if not force:
         check_origin(dictionary.trained_on if trained_on is None else trained_on, provenance, "evaluated on")
         if has_loss:
@@ -100,26 +105,38 @@ def evaluate(
             rows = EvaluationRows.read(source, fit, n_rows, needs_fit=bool(rivals) or has_loss, progress=progress)
             groups = Groups(min(1024, max(32, _COUNTS // dictionary.n_features)))
             marks = provenance.get("chat")
-            found: list[GroupedSums] = _measure_dictionary(dictionary, rows, groups, marks, progress)
+            parts = part_columns(provenance)
+            found: list[GroupedSums] = _measure_dictionary(dictionary, rows, groups, marks, parts, progress)
             l0 = max(1, round(float(found[1].values()["l0"])))
             fitted = {
                 name: BASELINES[name](rows.fit, l0=l0, n_features=dictionary.n_features, seed=seed) for name in rivals
             }
-            compared = {name: _measure_baseline(fn, dictionary, rows, groups, marks) for name, fn in fitted.items()}
+            compared = {
+                name: _measure_baseline(fn, dictionary, rows, groups, marks, parts) for name, fn in fitted.items()
+            }
             loss = None
-            if has_loss:
+            for where in splices:
+                rivalling = {name: (_in_chunks(fn, dictionary), True) for name, fn in fitted.items()}
+                made = {"spliced": (_in_chunks(reconstruct(dictionary), dictionary), False), **rivalling}
+                loss = _measure_splice(where, rows, made, n_loss_tokens, groups, progress)
+                found.append(loss.of("spliced", where.label))
+                for name in fitted:
+                    compared[name].append(loss.of(name, where.label))
+            if has_loss and not splices:
                 edits: dict[str, tuple[RowEdit, str]] = {
                     "spliced": (_in_chunks(reconstruct(dictionary), dictionary), str(site))
                 }
                 edits |= {name: (_in_chunks(fn, dictionary), str(target_site)) for name, fn in fitted.items()}
                 loss = _measure_loss(model, rows, str(target_site), edits, n_loss_tokens, groups, progress)
                 found.append(loss.of("spliced"))
-                compared = {name: [*sums, loss.of(name)] for name, sums in compared.items()}
+                for name in fitted:
+                    compared[name].append(loss.of(name))
             return Evaluation(
                 _estimates(found, n_bootstrap, seed),
                 {name: _estimates(sums, n_bootstrap, seed, _BASELINE_METRICS) for name, sums in compared.items()},
                 _data(provenance, rows, loss, l0 if rivals else None, n_bootstrap, seed)
-                | ({"loss_left_out": _NO_SPLICE.format(joined)} if wanted and joined else {}),
+                | ({"loss_left_out": _NO_MODELS} if wanted and not has_loss else {})
+                | ({"note": dictionary.inference_note} if dictionary.inference_note else {}),
             )
     finally:
         dictionary.train(was_training)
@@ -157,9 +174,15 @@ def _in_chunks(fn: RowEdit, dictionary: Dictionary) -> RowEdit:
 
 
 def _measure_dictionary(
-    dictionary: Dictionary, rows: EvaluationRows, groups: Groups, marks: Mapping[str, Any] | None, progress: bool
+    dictionary: Dictionary,
+    rows: EvaluationRows,
+    groups: Groups,
+    marks: Mapping[str, Any] | None,
+    parts: Mapping[str, slice],
+    progress: bool,
 ) -> list[GroupedSums]:
     reconstruction = ReconstructionSums(dictionary.d_out, groups)
+    each = [PartFit(label, columns, groups) for label, columns in parts.items()]
     firing = FiringSums(dictionary.n_features, groups)
     sequences = SequenceSums(dictionary.d_out, groups)
     with bar(rows.n_rows, "evaluate: reconstruct", "rows", progress) as advance:
@@ -176,11 +199,13 @@ def _measure_dictionary(
                     "evaluate: the target rows hold NaN or infinity. Drop them, or check the model's dtype"
                 )
             firing.add(code, document)
-            reconstruction.add(target.to(x_hat.device), x_hat, document)
+            target = target.to(x_hat.device)
+            for sums in (reconstruction, *each):
+                sums.add(target, x_hat, document)
             if marks:
-                sequences.add(target.to(x_hat.device), x_hat, weights, document)
+                sequences.add(target, x_hat, weights, document)
             advance(len(x))
-    return [reconstruction, firing, *([sequences] if marks else [])]
+    return [reconstruction, firing, *each, *([sequences] if marks else [])]
 
 
 def _measure_baseline(
@@ -189,15 +214,18 @@ def _measure_baseline(
     rows: EvaluationRows,
     groups: Groups,
     marks: Mapping[str, Any] | None,
+    parts: Mapping[str, slice],
 ) -> list[GroupedSums]:
+    each = [PartFit(label, columns, groups) for label, columns in parts.items()]
     sums, sequences = ReconstructionSums(dictionary.d_out, groups), SequenceSums(dictionary.d_out, groups)
     for _, target, document, weights in _chunks(rows.batches, dictionary, marks):
         target = _wide(target).to(dictionary.device)
         made = fn(target)
-        sums.add(target, made, document)
+        for one in (sums, *each):
+            one.add(target, made, document)
         if marks:
             sequences.add(target, made, weights, document)
-    return [sums, *([sequences] if marks else [])]
+    return [sums, *each, *([sequences] if marks else [])]
 
 
 def _measure_loss(
@@ -217,13 +245,27 @@ def _measure_loss(
         )
 
 
+def _measure_splice(
+    where: Splice,
+    rows: EvaluationRows,
+    variants: Mapping[str, tuple[RowEdit, bool]],
+    n_tokens: int,
+    groups: Groups,
+    progress: bool,
+) -> LossSums:
+    mean = rows.fit.mean(0, dtype=torch.float64)
+    into = f"evaluate: splice into {where.label or 'the model'}"
+    with bar(min(n_tokens, rows.n_rows), into, "tokens", progress) as advance:
+        return measure_splice(where, rows.batches, variants, mean, n_tokens=n_tokens, groups=groups, advance=advance)
+
+
 def _estimates(
     parts: Sequence[GroupedSums], n_bootstrap: int, seed: int, only: Sequence[str] | None = None
 ) -> dict[str, Estimate]:
     found: dict[str, Estimate] = {}
     for sums in parts:
         found |= estimate(sums, n_bootstrap, seed)
-    return found if only is None else {name: found[name] for name in only if name in found}
+    return found if only is None else {name: one for name, one in found.items() if name.partition(":")[0] in only}
 
 
 def _data(
@@ -244,6 +286,7 @@ def _data(
         "n_loss_tokens": loss.n_targets if loss else 0,
         "fit_rows": len(rows.fit),
         "fit_from": rows.fit_from,
+        "parts": part_names(provenance),
         "baseline_l0": baseline_l0,
         "n_bootstrap": n_bootstrap,
         "seed": seed,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from unweave.batch import ActivationBatch
-from unweave.evaluation._forward import LOGIT_BYTES, Edit, Forward, ReplayForward, WholeForward
+from unweave.evaluation._forward import LOGIT_BYTES, Edit, Forward, ReplayForward, RowsForward, WholeForward
+from unweave.evaluation._splices import Splice
 from unweave.interventions import RowEdit, ablate_mean, ablate_zero
 from unweave.metrics import GroupedSums, Groups
 from unweave.sources import Contexts
@@ -43,17 +44,20 @@ class LossSums:
         self.n.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
         self.n_targets += len(group)
 
-    def of(self, variant: str) -> VariantLoss:
+    def of(self, variant: str, label: str = "") -> VariantLoss:
         """The statistics of one variant, anchored at the clean, zeroed and mean-ablated model."""
-        return VariantLoss(self, variant)
+        return VariantLoss(self, variant, label)
 
 
 class VariantLoss(GroupedSums):
-    """ce_loss_recovered, ce_loss_recovered_mean, kl and the four losses of one variant."""
+    """ce_loss_recovered, ce_loss_recovered_mean, kl and the four losses of one variant.
 
-    def __init__(self, sums: LossSums, variant: str) -> None:
+    ``label`` goes behind their names, with a colon, where there are those of several models.
+    """
+
+    def __init__(self, sums: LossSums, variant: str, label: str = "") -> None:
         super().__init__(sums.groups)
-        self.sums, self.variant = sums, variant
+        self.sums, self.variant, self.label = sums, variant, label
 
     def counts(self) -> np.ndarray:
         return self.sums.n.numpy()
@@ -66,7 +70,7 @@ class VariantLoss(GroupedSums):
 
         clean, zero, average = (mean(v, "ce") for v in ("clean", "zero", "mean"))
         spliced = mean(self.variant, "ce")
-        return {
+        found = {
             "ce_loss_recovered": _recovered(zero, spliced, clean),
             "ce_loss_recovered_mean": _recovered(average, spliced, clean),
             "kl": mean(self.variant, "kl"),
@@ -75,6 +79,7 @@ class VariantLoss(GroupedSums):
             "ce_zero": zero,
             "ce_mean": average,
         }
+        return {f"{name}:{self.label}" if self.label else name: value for name, value in found.items()}
 
 
 def _recovered(floor: np.ndarray, spliced: np.ndarray, clean: np.ndarray) -> np.ndarray:
@@ -119,6 +124,41 @@ def measure_loss(
         if forward is None:
             forward = _forward(model, target, [read for _, read in edits.values()], contexts)
         for part in forward.split(contexts):
+            _measure(forward, part, edits, sums)
+        advance(contexts.n_targets)
+        if sums.n_targets >= n_tokens:
+            break
+    return sums
+
+
+def measure_splice(
+    where: Splice,
+    batches: Iterable[ActivationBatch],
+    variants: Mapping[str, tuple[RowEdit, bool]],
+    mean: Tensor,
+    *,
+    n_tokens: int,
+    groups: Groups,
+    advance: Callable[[int], None] = lambda n: None,
+) -> LossSums:
+    """The same for rows of several parts, all put back at once; see :class:`~unweave.evaluation._splices.Splice`.
+
+    What is put back is made of the rows in the batches, which are those of the untouched model.
+
+    Args:
+        variants: name to (row edit of whole rows, whether it is given the target rows instead of the input).
+        mean: ``(d_out,)``, of whole target rows.
+    """
+    model, sums, forward = where.model, LossSums(groups), RowsForward(where.model, where.site)
+    variants = {**variants, "zero": (ablate_zero, True), "mean": (ablate_mean(mean), True)}
+    for batch in batches:
+        contexts = Contexts.of(batch, model.special_ids).to(model.device)
+        first = 0
+        for part in forward.split(contexts):
+            rows = slice(first, first + int(part.spliced.sum()))
+            first = rows.stop
+            given = {name: (batch.target if target else batch.input)[rows] for name, (_, target) in variants.items()}
+            edits: dict[str, Any] = {name: (where.own(fn), given[name]) for name, (fn, _) in variants.items()}
             _measure(forward, part, edits, sums)
         advance(contexts.n_targets)
         if sums.n_targets >= n_tokens:

@@ -41,6 +41,11 @@ def register(metric: Metric) -> Metric:
     return metric
 
 
+def of(name: str) -> Metric | None:
+    """The metric that a number is of, also of one for a part of the rows (``fvu:layers.6``); None if unknown."""
+    return METRICS.get(name.partition(":")[0])
+
+
 def get(name: str) -> Metric:
     """The metric called ``name``.
 

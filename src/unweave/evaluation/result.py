@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unweave.errors import UnweaveError
+from unweave.evaluation import registry
 from unweave.evaluation.bootstrap import Estimate
-from unweave.evaluation.registry import METRICS
 from unweave.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Evaluation:
 
     def outdated(self) -> list[str]:
         """Metrics that were measured by another version of their definition than the one installed."""
-        return [n for n, e in self.metrics.items() if n in METRICS and METRICS[n].version != e.version]
+        known = {name: registry.of(name) for name in self.metrics}
+        return [name for name, metric in known.items() if metric and metric.version != self.metrics[name].version]
 
     # ---- files ------------------------------------------------------------------------------------------------
 
@@ -95,6 +96,9 @@ class Evaluation:
         if self.baselines:
             parts.append(f"baselines use {d.get('baseline_l0')} numbers a row, fitted on {d.get('fit_from')}")
         parts.append("95 % intervals over documents")
+        parts += [f"{label}: {name}" for label, name in d.get("parts", {}).items()]
+        if note := d.get("note"):
+            parts.append(note)
         if old := self.outdated():
             parts.append(f"measured by an older definition: {', '.join(old)}")
         return "; ".join(parts)
@@ -136,7 +140,8 @@ class Evaluation:
         arrows = {"low": " ↓", "high": " ↑", "": ""}
         rows = []
         for name, value in self.metrics.items():
-            arrow = arrows[METRICS[name].better] if name in METRICS else ""
+            metric = registry.of(name)
+            arrow = arrows[metric.better] if metric else ""
             others = [metrics[name].shown if name in metrics else "" for metrics in self.baselines.values()]
             rows.append([name + arrow, value.shown, value.interval, *others])
         return rows

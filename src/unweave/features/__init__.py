@@ -5,7 +5,7 @@ from typing import Any
 from unweave.features._tokens import decode_tokens
 from unweave.features.build import build_features, build_features_of_codes, merge
 from unweave.features.config import IndexConfig
-from unweave.features.feature import Context, Feature, FeaturePage, FeatureSummary, Quantile
+from unweave.features.feature import Context, Feature, FeaturePage, FeatureSummary, Origin, Quantile
 from unweave.features.store import FeatureStore
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FeatureStore",
     "FeatureSummary",
     "IndexConfig",
+    "Origin",
     "Quantile",
     "build_features",
     "build_features_of_codes",

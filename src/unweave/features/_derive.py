@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.features._tokens import Vocabulary, decode_tokens, token_label
+from unweave.features.feature import Origin
 from unweave.progress import track
 
 _CELLS = 1 << 23  # elements of the largest dense piece held at a time
@@ -140,13 +141,38 @@ def logits(
     return {f"{k[:-2]}_{names[k[-1]]}": np.concatenate(parts) for k, parts in out.items()}
 
 
+def origins(found: Mapping[int, Origin], n_features: int) -> dict[str, np.ndarray]:
+    """Of each feature where its atom's row came from (document -1 where that is not known), and the text there.
+
+    Returns:
+        ``origin_document``, ``origin_position`` ``(n_features,)``; ``origin_text``, bytes, in pieces (before, the token
+        itself, after) that begin at ``origin_offsets`` ``(3 n_features + 1,)``.
+    """
+    document, position = np.full(n_features, -1, "i8"), np.zeros(n_features, "i4")
+    pieces = []
+    for feature in range(n_features):
+        origin = found.get(feature)
+        if origin is not None:
+            document[feature], position[feature] = origin.document, origin.position
+        texts = ("", "", "") if origin is None else (origin.before, origin.text, origin.after)
+        pieces += [text.encode("utf-8", "replace") for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype("i8")
+    text = np.frombuffer(b"".join(pieces), "u1")
+    return {
+        "origin_document": document,
+        "origin_position": position,
+        "origin_text": text,
+        "origin_offsets": offsets,
+    }
+
+
 def search_text(
     columns: dict[str, np.ndarray], vocabulary: Vocabulary | None, window: Callable[[int], tuple[int, int]]
 ) -> dict[str, np.ndarray]:
     """What ``list(search=...)`` looks through: per feature one line of case-folded text (UTF-8).
 
-    It holds the top tokens, the logit tokens and the snippet around the best peak. ``window(token)`` gives the
-    snippet's first and last token.
+    It holds the top tokens, the logit tokens, the snippet around the best peak and the text of the atom's row.
+    ``window(token)`` gives the snippet's first and last token.
     """
     n = len(columns["top_offsets"]) - 1
     tables = [columns[c] for c in ("top_tokens", "positive_logit_token", "negative_logit_token") if c in columns]
@@ -158,6 +184,9 @@ def search_text(
         if vocabulary is not None and best < columns["top_offsets"][feature + 1]:
             a, b = window(int(columns["top_token"][best]))
             parts.append("".join(decode_tokens([vocabulary.bytes_of(int(t)) for t in columns["tokens"][a:b]])))
+        if "origin_offsets" in columns:
+            a, b = columns["origin_offsets"][[3 * feature, 3 * feature + 3]]
+            parts.append(bytes(columns["origin_text"][a:b]).decode())
         lines.append(fold(" ".join(parts)) + b"\n")
     offsets = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype("i8")
     return {"search_text": np.frombuffer(b"".join(lines), "u1"), "search_offsets": offsets}

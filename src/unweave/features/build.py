@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ from unweave.features._tally import COLUMNS, Tally, token_keys
 from unweave.features._tokens import Vocabulary
 from unweave.features._writer import CodeWriter
 from unweave.features.config import IndexConfig
+from unweave.features.feature import Origin
 from unweave.features.store import SNIPPET_AFTER, SNIPPET_BEFORE, FeatureStore
 from unweave.progress import track
 
 _COPY = 1 << 22  # elements copied at a time
 
 FROM_DICTIONARY = (
+    "part_norms",
+    "origin_document",
+    "origin_position",
+    "origin_text",
+    "origin_offsets",
     "similar_feature",
     "similar_cosine",
     "positive_logit_token",
@@ -46,6 +52,7 @@ def build_features(
     *,
     token_bytes: Sequence[bytes] | None = None,
     unembed: Callable[[Tensor], Tensor] | None = None,
+    origins: Mapping[int, Origin] | None = None,
     config: IndexConfig | None = None,
     n_rows: int | None = None,
     provenance: dict[str, Any] | None = None,
@@ -59,6 +66,7 @@ def build_features(
         folder: where to. dictionary: what encodes. batches: of whole items, in any order.
         token_bytes: the bytes of each token id; None for data without text.
         unembed: ``(m, d_out)`` directions to ``(m, vocabulary)`` logits; None where there are no output logits.
+        origins: by feature, the row of the data that its atom is, for a dictionary whose atoms are rows.
         config: how much to keep. n_rows: rows to expect, for the progress bar.
         provenance: of the rows, kept in the manifest.
         force: go on with a dictionary that was loaded and is not known to be for that model and site.
@@ -77,6 +85,7 @@ def build_features(
         dictionary=dictionary,
         token_bytes=token_bytes,
         unembed=unembed,
+        origins=origins,
         config=config,
         n_rows=n_rows,
         provenance=provenance,
@@ -91,6 +100,7 @@ def build_features_of_codes(
     dictionary: Dictionary | None = None,
     token_bytes: Sequence[bytes] | None = None,
     unembed: Callable[[Tensor], Tensor] | None = None,
+    origins: Mapping[int, Origin] | None = None,
     config: IndexConfig | None = None,
     n_rows: int | None = None,
     provenance: dict[str, Any] | None = None,
@@ -100,7 +110,7 @@ def build_features_of_codes(
     Args:
         coded: batches, of which only items and places of rows are read, with the ``(n_rows, n_features)`` code of
             their rows. dictionary: whose codes they are; without it nothing is said of similar features and logits.
-        folder, token_bytes, unembed, config, n_rows, provenance: as for :func:`build_features`.
+        folder, token_bytes, unembed, origins, config, n_rows, provenance: as for :func:`build_features`.
 
     Raises:
         UnweaveError: as for :func:`build_features`; when the dictionary has another number of features.
@@ -122,6 +132,8 @@ def build_features_of_codes(
             write_column(building, "vocabulary_offsets", vocabulary.offsets)
         if dictionary is not None:
             _write_dictionary_columns(building, dictionary, unembed, vocabulary, config)
+        for name, values in _derive.origins(origins, n_features).items() if origins else ():
+            write_column(building, name, values)
         of = {"arch": "unknown"} if dictionary is None else fingerprint(dictionary)
         _finish(
             building, tally, writer.n_rows, config, vocabulary, {"dictionary": of, "provenance": provenance or {}},
@@ -201,6 +213,8 @@ def _write_dictionary_columns(
         columns = _derive.similar(directions, config.n_similar)
         if unembed is not None:
             columns |= _derive.logits(directions, unembed, config.n_logits, vocabulary)
+        if (norms := dictionary.part_norms()) is not None:
+            columns["part_norms"] = norms.float().cpu().numpy()
     for name, values in columns.items():
         write_column(building, name, values)
 
@@ -236,8 +250,8 @@ def _finish(
             min(int(item_offsets[item + 1]), token + SNIPPET_AFTER + 1),
         )
 
-    logit_columns = {name: disk[name] for name in FROM_DICTIONARY if name.endswith("token") and name in disk}
-    columns |= _derive.search_text({**columns, **logit_columns, "tokens": disk["tokens"]}, vocabulary, window)
+    searched = {name: disk[name] for name in FROM_DICTIONARY if name in disk and not name.endswith("value")}
+    columns |= _derive.search_text({**columns, **searched, "tokens": disk["tokens"]}, vocabulary, window)
     for name, values in columns.items():
         write_column(building, name, values)
     counts = {

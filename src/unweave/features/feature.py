@@ -66,8 +66,29 @@ class Quantile:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The row of the data that an atom is, for dictionaries whose atoms are rows.
+
+    Attributes:
+        document, position: where the row came from. before, text, after: the tokens around it and its own.
+    """
+
+    document: int
+    position: int
+    before: str
+    text: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.before}»{self.text}«{self.after}".replace("\n", "↵")
+
+
+@dataclass(frozen=True)
 class FeatureSummary:
-    """One line of a list of features. ``snippet`` is the best context, cut short; None for a dead feature."""
+    """One line of a list of features.
+
+    ``snippet`` is the best context, cut short; None for a dead feature. ``relative`` and ``origin`` as of a Feature.
+    """
 
     index: int
     density: float
@@ -77,6 +98,8 @@ class FeatureSummary:
     mean_value: float
     top_tokens: list[str]
     snippet: Context | None
+    relative: float | None = None
+    origin: Origin | None = None
 
     @property
     def snippet_tokens(self) -> list[str]:
@@ -261,6 +284,33 @@ class Feature:
         found = self._store.pairs("top_tokens", "top_tokens_share", self.index)
         return [(self._store.label(token), share) for token, share in found]
 
+    @property
+    def part_shares(self) -> list[tuple[str, float]]:
+        """``(part, share of the atom's norms that is there)``, norms in units of the part's typical row.
+
+        Empty for rows of one part, and for an atom of norm 0.
+        """
+        norms = self._store.columns["part_norms"][self.index] if "part_norms" in self._store.columns else np.zeros(1)
+        return list(zip(self._store.part_labels, (norms / norms.sum()).tolist())) if norms.sum() > 0 else []
+
+    @property
+    def part_names(self) -> dict[str, str]:
+        """What letters among the parts stand for."""
+        return self._store.part_names
+
+    @property
+    def relative_norm(self) -> float | None:
+        """Of rows of two parts, how much of the atom's norm is in the second: 0 only in the first, 1 only there.
+
+        None for rows of another number of parts, nan for an atom of norm 0.
+        """
+        return float(self._store.table["relative"][self.index]) if "relative" in self._store.table else None
+
+    @property
+    def origin(self) -> Origin | None:
+        """The row of the data that its atom is; None where atoms are no rows, or this one was not found."""
+        return self._store.origin(self.index)
+
     # ---- shown --------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -273,6 +323,8 @@ class Feature:
                 f"max {self.max_value:.3g}, mean {self.mean_value:.3g}"
             ]
         rows = {
+            "is row of": [str(self.origin)] if self.origin else [],
+            "lies in": [f"{part} {share:.0%}" for part, share in self.part_shares],
             "top tokens": [f"{t!r} {share:.0%}" for t, share in self.top_tokens[:6]],
             "raises": [f"{t!r} {v:+.2f}" for t, v in self.positive_logits[:6]],
             "lowers": [f"{t!r} {v:+.2f}" for t, v in self.negative_logits[:6]],

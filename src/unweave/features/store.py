@@ -6,6 +6,7 @@ import builtins
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,10 +20,11 @@ from unweave.features._columns import REBUILD, Columns, read_manifest, verify_co
 from unweave.features._derive import fold
 from unweave.features._tokens import Vocabulary, decode_tokens, token_label
 from unweave.features.config import IndexConfig
-from unweave.features.feature import Context, Feature, FeaturePage, FeatureSummary
+from unweave.features.feature import Context, Feature, FeaturePage, FeatureSummary, Origin
 from unweave.kernels.pattern import Pattern
+from unweave.sources import part_labels, part_names
 
-SORT_KEYS = ("index", "density", "max_value", "mean_value", "n_items")
+SORT_KEYS = ("index", "density", "max_value", "mean_value", "n_items", "relative")
 SNIPPET_BEFORE, SNIPPET_AFTER = 8, 5
 _TOKENS = 1 << 16  # read at once by batches()
 
@@ -100,9 +102,18 @@ class FeatureStore:
 
     @cached_property
     def table(self) -> dict[str, np.ndarray]:
-        """Columns by feature: index, density, n_firing, n_negative, n_items, max_value, mean_value."""
+        """Columns by feature: index, density, n_firing, n_negative, n_items, max_value, mean_value.
+
+        For rows of two parts also ``relative``, see :attr:`Feature.relative_norm`.
+        """
         n_firing = self.columns["n_firing"]
+        norms = self.columns["part_norms"] if "part_norms" in self.columns else np.zeros((0, 0))
+        parts: dict[str, np.ndarray] = {}
+        if norms.shape[1] == 2:
+            with np.errstate(invalid="ignore"):  # an atom of norm 0 is in neither
+                parts["relative"] = norms[:, 1] / norms.sum(axis=1)
         return {
+            **parts,
             "index": np.arange(self.n_features),
             "density": n_firing / max(self.n_rows, 1),
             "n_firing": n_firing,
@@ -126,7 +137,8 @@ class FeatureStore:
         """A page of the list of features.
 
         Args:
-            sort: index, density, max_value, mean_value or n_items; equal ones by index.
+            sort: index, density, max_value, mean_value or n_items, or relative for rows of two parts; equal ones by
+                index.
             search: text to find, whatever its case, in the top tokens, logit tokens or best snippet; or a feature's
                 number, which then comes first.
             min_density, max_density: bounds, both included. include_dead: also those that never fired.
@@ -150,8 +162,8 @@ class FeatureStore:
         include_dead: bool = True,
     ) -> np.ndarray:
         """The numbers of all features that :meth:`list` would show, in its order."""
-        if sort not in SORT_KEYS:
-            raise UnweaveError(f"cannot sort features by {sort!r}: expected one of {', '.join(SORT_KEYS)}")
+        if sort not in self.sort_keys:
+            raise UnweaveError(f"cannot sort features by {sort!r}: expected one of {', '.join(self.sort_keys)}")
         keep = np.ones(self.n_features, bool)
         if not include_dead:
             keep &= self.table["n_firing"] > 0
@@ -170,6 +182,32 @@ class FeatureStore:
             order = np.concatenate([[number], order[order != number]])
         return order
 
+    @property
+    def sort_keys(self) -> tuple[str, ...]:
+        """What a list can be sorted by."""
+        return tuple(key for key in SORT_KEYS if key in self.table)
+
+    @cached_property
+    def part_labels(self) -> builtins.list[str]:
+        """What the parts of rows are called; numbers where the provenance does not say."""
+        n = self.columns["part_norms"].shape[1] if "part_norms" in self.columns else 0
+        labels = part_labels(self.manifest.get("provenance") or {})
+        return labels if len(labels) == n else [str(part) for part in range(n)]
+
+    @cached_property
+    def part_names(self) -> dict[str, str]:
+        """What letters among the labels of parts stand for."""
+        return part_names(self.manifest.get("provenance") or {})
+
+    def origin(self, feature: int) -> Origin | None:
+        """The row of the data that an atom is, where it was found."""
+        if "origin_document" not in self.columns or self.columns["origin_document"][feature] < 0:
+            return None
+        ends = self.columns["origin_offsets"][3 * feature : 3 * feature + 4].tolist()
+        pieces = [bytes(self.columns["origin_text"][a:b]).decode() for a, b in pairwise(ends)]
+        document, position = (int(self.columns[f"origin_{name}"][feature]) for name in ("document", "position"))
+        return Origin(document, position, *pieces)
+
     def search(self, text: str, limit: int = 50) -> FeaturePage:
         """``list(search=text)``, the densest first."""
         return self.list(search=text, limit=limit)
@@ -186,6 +224,8 @@ class FeatureStore:
             mean_value=float(table["mean_value"][index]),
             top_tokens=[token for token, _ in feature.top_tokens[:5]],
             snippet=next(iter(feature.contexts(1, SNIPPET_BEFORE, SNIPPET_AFTER)), None),
+            relative=feature.relative_norm,
+            origin=feature.origin,
         )
 
     @cached_property

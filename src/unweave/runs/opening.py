@@ -6,14 +6,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from unweave.runs.recipe import Recipe
-    from unweave.sources import Documents, LanguageModel, TextSites, TextSource
+    from unweave.runs.recipe import ModelRecipe, Recipe
+    from unweave.sources import Documents, JoinedSource, LanguageModel, TextSites, TextSource
 
 
 def open_model(recipe: Recipe) -> LanguageModel:
+    return _load(recipe.model)
+
+
+def open_against(recipe: Recipe, model: LanguageModel) -> LanguageModel | None:
+    """The model that the recipe's is compared with, made to read the same tokens; None where there is none.
+
+    Raises:
+        UnweaveError: when the two are of different tokenizers.
+    """
+    return None if recipe.against is None else _load(recipe.against).reading_as(model)
+
+
+def _load(model: ModelRecipe) -> LanguageModel:
     from unweave.sources import LanguageModel
 
-    model = recipe.model
     return LanguageModel.load(model.name, revision=model.revision, dtype=model.dtype, device=model.device)
 
 
@@ -48,13 +60,22 @@ def open_source(
     documents: Documents,
     split: Literal["train", "held_out", "all"] = "train",
     with_side: bool = True,
-) -> TextSource:
-    """The recipe's source; without its side inputs for what only reads activations."""
-    from unweave.sources import TextSource
+    against: LanguageModel | None = None,
+) -> TextSource | JoinedSource:
+    """The recipe's source; without its side inputs for what only reads activations.
+
+    With a model ``against``, rows of both side by side, one for every token that has one in both.
+    """
+    from unweave.sources import JoinedSource, TextSource
 
     source = recipe.source
     options = {**_source_options(recipe), "split": split, "side": source.side if with_side else None}
-    return TextSource(model, documents, source.site, target_site=source.target_site, **options)
+    each = [
+        TextSource(one, documents, source.site, target_site=source.target_site, **options)
+        for one in (model, against)
+        if one is not None
+    ]
+    return each[0] if len(each) == 1 else JoinedSource(each)
 
 
 def open_sites(recipe: Recipe, model: LanguageModel, documents: Documents, sites: Sequence[str]) -> TextSites:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from unweave.config import Config, apply_overrides, read_yaml
 from unweave.errors import UnweaveError
 from unweave.features.config import IndexConfig
-from unweave.training.config import TrainingConfig
+from unweave.training import EndToEndConfig, TrainingConfig
 
 
 class ModelRecipe(Config):
@@ -95,7 +103,8 @@ class SourceRecipe(Config):
 class DictionaryRecipe(Config):
     """Which dictionary; ``options`` are the fields of the architecture's own config (k, target_l0, ...).
 
-    ``seed`` is that of its first weights; None takes the training's, which also orders the rows.
+    ``seed`` is that of its first weights; None takes the training's, which also orders the rows. ``start`` names a run
+    whose dictionary to go on from instead: fine-tuning, such as end to end. What is not given is as it was in that run.
     """
 
     arch: str = "batch_topk"
@@ -103,21 +112,52 @@ class DictionaryRecipe(Config):
     n_features: PositiveInt | None = None
     seed: NonNegativeInt | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    start: str | None = None
 
     def width(self, d_in: int) -> int:
         return self.n_features or round(self.expansion * d_in)
 
 
 class TrainingRecipe(TrainingConfig):
-    """:class:`TrainingConfig` with the number of rows left open: ``passes`` over the collected ones."""
+    """:class:`TrainingConfig` with the number of rows left open: ``passes`` over the collected ones.
+
+    Attributes:
+        objective: ``mse`` of the rows; or end to end, through the model the dictionary is spliced into: ``kl`` to the
+            untouched model's predictions, or ``ce``, the cross-entropy of the text. The model then reads text at every
+            step, so there is no store; ``batch_size`` counts rows in whole contexts.
+        kl_coefficient, ce_coefficient, downstream_coefficient, downstream_sites, local_coefficient: of end-to-end
+            training, see :class:`~unweave.training.EndToEndConfig`; the objective's own is 1 unless given.
+    """
 
     n_rows: PositiveInt | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     passes: PositiveFloat = 1
+    objective: Literal["mse", "kl", "ce"] = "mse"
+    kl_coefficient: NonNegativeFloat | None = None
+    ce_coefficient: NonNegativeFloat | None = None
+    downstream_coefficient: NonNegativeFloat | None = None
+    downstream_sites: tuple[str, ...] = ()
+    local_coefficient: NonNegativeFloat | None = None
+
+    @model_validator(mode="after")
+    def _only_end_to_end(self) -> Self:
+        if self.objective == "mse" and (named := self._end_to_end()):
+            raise ValueError(
+                f"{next(iter(named))} is of end-to-end training: set objective to kl or ce, or leave it out"
+            )
+        return self
+
+    def _end_to_end(self) -> dict[str, Any]:
+        """What was set of the fields of end-to-end training."""
+        names = EndToEndConfig.model_fields.keys() - TrainingConfig.model_fields.keys()
+        return {name: value for name in sorted(names) if (value := getattr(self, name)) not in (None, ())}
 
     def resolve(self, n_available: int) -> TrainingConfig:
         values = {name: getattr(self, name) for name in TrainingConfig.model_fields}
         values["n_rows"] = self.n_rows or round(self.passes * n_available)
-        return TrainingConfig(**values)
+        if self.objective == "mse":
+            return TrainingConfig(**values)
+        weights = {"kl_coefficient": 0.0, f"{self.objective}_coefficient": 1.0, **self._end_to_end()}
+        return EndToEndConfig(**values, **weights)
 
 
 class EvaluationRecipe(Config):
@@ -143,8 +183,10 @@ class IndexRecipe(IndexConfig):
 class Recipe(Config):
     """Everything that decides a run.
 
-    ``store`` names an ActivationStore made earlier; the model, data and source it was made with are then its own
-    and need not be repeated. ``trackers`` also send the training log to Weights & Biases or TensorBoard.
+    ``against`` names a second model of the same tokenizer, read at the same site: its rows stand beside those of
+    ``model``, for a crosscoder that tells what each has to itself (``unweave diff``). ``store`` names an
+    ActivationStore made earlier; the models, data and source it was made with are then its own and need not be
+    repeated. ``trackers`` also send the training log to Weights & Biases or TensorBoard.
     """
 
     model: ModelRecipe
@@ -156,6 +198,19 @@ class Recipe(Config):
     index: IndexRecipe | None = IndexRecipe()
     store: str | None = None
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    against: ModelRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_for_two_models(cls, values: Any) -> Any:
+        """What is left open of a second model is as for the first, and the architecture then is a crosscoder."""
+        groups = ("model", "against", "dictionary")
+        given = {key: _as_given(values.get(key, {})) for key in groups} if isinstance(values, dict) else {}
+        if not given.get("against") or any(not isinstance(group, dict) for group in given.values()):
+            return values
+        alike = {key: given["model"][key] for key in ("dtype", "device") if key in given["model"]}
+        crosscoder = {"arch": "batch_topk_crosscoder", **given["dictionary"]}
+        return {**values, "against": {**alike, **given["against"]}, "dictionary": crosscoder}
 
     @model_validator(mode="before")
     @classmethod
@@ -170,16 +225,29 @@ class Recipe(Config):
 
         return {**values, "source": {**CHAT_DEFAULTS, **given["source"]}}
 
+    @model_validator(mode="after")
+    def _text_to_run(self) -> Self:
+        if self.training.objective != "mse" and self.store is not None:
+            raise ValueError(
+                f"training.objective={self.training.objective} runs the model on text at every step, and a store holds "
+                "rows: leave the store out and give --model, --data and --site"
+            )
+        return self
+
     @classmethod
     def read(cls, path: str | Path | None, given: dict[str, Any], overrides: list[str]) -> Recipe:
         """A YAML file (or nothing), with values given on the command line, then ``key=value`` overrides on top."""
         values = read_yaml(path) if path else {}
         values = apply_overrides(_merge(values, given), overrides)
-        for group in ("model", "data", "source"):
+        if values.get("against", {}) is None:  # as a run's own file says it
+            del values["against"]
+        for group in ("model", "against", "data", "source", "dictionary"):
             if not isinstance(values.get(group, {}), dict):
                 raise UnweaveError(f"{group}: expected a group of keys, found {values[group]!r}")
         if values.get("store"):
             values = _with_store(values, str(values["store"]))
+        if (start := values.get("dictionary", {}).get("start")) is not None:
+            values = _with_start(values, str(start))
         return cls.from_dict(_with_whole_paths(values))
 
     @classmethod
@@ -215,6 +283,8 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
         **made_with["source"],
         "dtype": "int8" if store.manifest.dtype == "int8" else None,
     }
+    if values.get("against") and "against" not in made_with:
+        raise UnweaveError(f"{folder} holds the rows of one model: harvest both, with `unweave harvest --against`")
     for group, theirs in made_with.items():
         for key, ours in _with_whole_paths(values).get(group, {}).items():
             if key in theirs and key != "device" and ours != theirs[key]:
@@ -225,6 +295,14 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
     return _merge(made_with, values)
 
 
+def _with_start(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What is not given, as in the run whose dictionary is gone on from."""
+    there = Recipe.of_run(folder).to_dict()
+    below = {key: there[key] for key in ("model", "against", "data", "source", "dictionary")}
+    below["source"] = {key: value for key, value in there["source"].items() if key not in ("stream", "dtype")}
+    return _merge(below, values)
+
+
 def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Paths that exist, made absolute: a run must work from wherever it is opened."""
 
@@ -232,7 +310,7 @@ def _with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
         return str(Path(name).resolve()) if isinstance(name, str) and name and Path(name).exists() else name
 
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for group, key in (("model", "name"), ("data", "documents")):
+    for group, key in (("model", "name"), ("against", "name"), ("data", "documents"), ("dictionary", "start")):
         if isinstance(values.get(group), dict) and key in values[group]:
             values[group][key] = whole(values[group][key])
     if isinstance(values.get("data"), dict) and isinstance(values["data"].get("documents"), list):

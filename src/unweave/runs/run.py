@@ -194,10 +194,25 @@ class Run:
             self._check_model(model)
         return model
 
-    def _check_model(self, model: LanguageModel) -> None:
+    @cached_property
+    def against(self) -> LanguageModel | None:
+        """The second model of a run that compares two, loaded on first use; None for any other run.
+
+        Raises:
+            UnweaveError: as :attr:`model`.
+        """
+        from unweave.runs.opening import open_against
+
+        against = open_against(self._parsed_recipe, self.model)
+        if against is not None and not self._force:
+            self._check_model(against, 1)
+        return against
+
+    def _check_model(self, model: LanguageModel, number: int = 0) -> None:
         from unweave.dictionaries._origin import same_model
 
-        trained_on = self.provenance.get("source", {}).get("model", {})
+        source = self.provenance.get("source", {})
+        trained_on = source.get("sources", [source] * 2)[number].get("model", {})
         found = model.provenance
         for key in ("sha256", "revision", "d_model", "n_layers"):
             if key in trained_on and key in found and trained_on[key] != found[key]:
@@ -205,7 +220,7 @@ class Run:
                     f"{self.folder} was trained on {trained_on.get('name')} ({key} {trained_on[key]}), but "
                     f"{found.get('name')} has {key} {found[key]}. Give the right model, or force=True (--force)."
                 )
-        if self._model_name and same_model(trained_on, found) is not True:
+        if self._model_name and number == 0 and same_model(trained_on, found) is not True:
             raise UnweaveError(
                 f"nothing tells whether {found.get('name')} is the model that {self.folder} was trained on, "
                 f"{trained_on.get('name', 'which is not known')}. If it is, say so by force=True (--force)."
@@ -237,26 +252,30 @@ class Run:
 
         Only the filters are off (special and high-norm tokens get a row too), so that every token has a code.
         """
-        from unweave.sources import TextSource
+        from unweave.sources import JoinedSource, TextSource
 
         recipe = self._parsed_recipe.source
         longest = self.model.max_context or recipe.context_size  # of dialogues a recipe may ask for more
-        source = TextSource(
-            self.model,
-            [text],
-            recipe.site,
-            context_size=min(recipe.context_size, longest),
-            batch_tokens=recipe.batch_tokens,
-            bos=recipe.bos,
-            keep_special=True,
-            max_norm_ratio=None,
-            split="all",
-            min_tokens=1,
-        )
+        each = [
+            TextSource(
+                model,
+                [text],
+                recipe.site,
+                context_size=min(recipe.context_size, longest),
+                batch_tokens=recipe.batch_tokens,
+                bos=recipe.bos,
+                keep_special=True,
+                max_norm_ratio=None,
+                split="all",
+                min_tokens=1,
+            )
+            for model in (self.model, self.against)
+            if model is not None
+        ]
         tokens, rows, positions = [], [], []
-        for batch in source.batches():
+        for batch in (each[0] if len(each) == 1 else JoinedSource(each)).batches():
             keep = torch.ones(batch.n_rows, dtype=torch.bool)
-            if source.plan.prefix:
+            if each[0].plan.prefix:
                 keep[batch.items.offsets[:-1]] = False
             tokens.append(batch.meta.token[keep])
             rows.append(batch.input[keep])
@@ -274,7 +293,8 @@ class Run:
     def __repr__(self) -> str:
         lines = [f"Run {self.folder}: {self._dictionary_words()}"]
         if self.recipe:
-            lines.append(f"  model {self.recipe['model']['name']}, site {self.recipe['source']['site']}")
+            against = f" against {self.recipe['against']['name']}" if self.recipe.get("against") else ""
+            lines.append(f"  model {self.recipe['model']['name']}{against}, site {self.recipe['source']['site']}")
         metrics = (self.evaluation or {}).get("metrics", {})
         shown = [f"{name} {entry['value']:.4g}" for name, entry in metrics.items() if entry.get("value") is not None]
         if shown:

@@ -11,6 +11,9 @@ from unweave.sources.assets import fetch_wheel as fetch_wheel
 from unweave.sources.chats import ChatTemplate as ChatTemplate
 from unweave.sources.composite import CompositeSite as CompositeSite
 from unweave.sources.composite import find_sites as find_sites
+from unweave.sources.composite import part_labels as part_labels
+from unweave.sources.composite import part_names as part_names
+from unweave.sources.composite import target_parts as target_parts
 from unweave.sources.documents import Documents as Documents
 from unweave.sources.documents import read_documents as read_documents
 from unweave.sources.joined import JoinedSource as JoinedSource

@@ -11,8 +11,10 @@ Patterns are spelled out when a source is opened; a composite site is called by 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -70,6 +72,34 @@ def join_parts(site: AnySite, rows: Mapping[str, Tensor], keep: Tensor | None = 
 def parts_facts(names: Sequence[str], widths: Sequence[int]) -> list[dict[str, Any]]:
     """What provenance says of the parts of a composite site."""
     return [{"site": name, "width": width} for name, width in zip(names, widths)]
+
+
+def target_parts(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What provenance says of the parts of the target rows; nothing for rows of one part."""
+    tied = provenance.get("target_site") in (None, provenance.get("site"))
+    return provenance.get("parts" if tied else "target_parts") or []
+
+
+def part_labels(provenance: Mapping[str, Any]) -> list[str]:
+    """What the parts of target rows are called, in the order of their columns; nothing for rows of one part.
+
+    The sites where they tell the parts apart; letters, from "a", for rows of several models, or of one site twice.
+    """
+    sites = [str(part["site"]) for part in target_parts(provenance)]
+    one_model = "sources" not in provenance or "model" in provenance
+    return sites if one_model and len(set(sites)) == len(sites) else list(string.ascii_lowercase[: len(sites)])
+
+
+def part_names(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What letters among the labels of parts stand for: model and site."""
+    each, found = provenance.get("sources", []), {}
+    for label, part, source in zip(part_labels(provenance), target_parts(provenance), each):
+        model = source.get("model")
+        name = str(model.get("name") or "") if isinstance(model, Mapping) else ""
+        name = PurePath(name).name if PurePath(name).is_absolute() else name
+        if label != part["site"]:
+            found[label] = f"{name}, {part['site']}" if name else str(part["site"])
+    return found
 
 
 def _expand(root: nn.Module, written: str) -> list[str]:

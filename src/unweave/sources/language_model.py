@@ -187,6 +187,38 @@ class LanguageModel:
         )
         return encoded["input_ids"]
 
+    def reading_as(self, other: LanguageModel) -> LanguageModel:
+        """This model with the tokenizer of ``other``, so that both read the very same tokens.
+
+        What is text must be the same tokens for both. Special tokens may be others (a chat model's BOS, its marks):
+        those of ``other`` are used.
+
+        Raises:
+            UnweaveError: when a text token has another number or is not there in one of them, or ``other`` has tokens
+                that this model has no embedding for.
+        """
+        special = self.special_ids | other.special_ids
+        ours, theirs = (
+            {token: i for token, i in model.tokenizer.get_vocab().items() if i not in special}
+            for model in (self, other)
+        )
+        need = "comparing two models token by token takes models of one tokenizer"
+        if different := sorted(ours.items() ^ theirs.items()):
+            token = different[0][0]
+            found = [f"{i} in {m.name}" for m, i in ((other, theirs.get(token)), (self, ours.get(token)))]
+            raise UnweaveError(
+                f"the tokenizers of {other.name} and {self.name} differ in {len({t for t, _ in different}):,} tokens: "
+                f"{token!r} is {' and '.join(found)}; {need}"
+            )
+        largest = max(other.tokenizer.get_vocab().values(), default=0)
+        if largest >= self.n_vocabulary:
+            raise UnweaveError(
+                f"{other.name} has a token {largest} and {self.name} embeds {self.n_vocabulary:,}: {need}. Where the "
+                "first has special tokens of its own, name the models the other way round"
+            )
+        facts = {"name": self.name, "revision": self.revision, "sha256": self.sha256}
+        return LanguageModel(self.model, other.tokenizer, **facts)
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """How the model wants dialogues.

@@ -7,7 +7,10 @@ from unweave.errors import UnweaveError
 from unweave.testing._case import Case
 from unweave.testing._check import ConformanceError, check, require
 
-_CLAIMS = ("linear_decoder", "learns_by_gradient", "ordered_features", "homogeneous", "scaled_codes", "bfloat16")
+_CLAIMS = (
+    *("linear_decoder", "learns_by_gradient", "ordered_features", "homogeneous", "scaled_codes", "bfloat16"),
+    "atoms_are_rows",
+)
 
 
 @check()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unweave.dictionaries import Dictionary, Loss, TrainingBatch
@@ -110,6 +111,21 @@ def learns_an_easy_problem(case: Case) -> None:
     else:
         slack = 1e-6 * abs(before)
         require(after <= before + slack, f"the squared error on new rows rose from {before:.4g} to {after:.4g}")
+
+
+@check(lambda kind: kind.atoms_are_rows)
+def atoms_are_rows_of_the_data(case: Case) -> None:
+    """What it learnt from a batch are rows of that batch, up to their length."""
+    dictionary, batch = case.started(), case.batch(dtype=torch.float32)
+    _learn(dictionary, batch)
+    with torch.no_grad():
+        dictionary.complete()
+        atoms = dictionary.decoder_directions()
+    atoms = F.normalize(atoms[atoms.norm(dim=1) > 0], dim=1)
+    require(len(atoms) > 0, "all of its atoms are 0 after a batch")
+    nearest = (atoms @ F.normalize(batch.input, dim=1).T).amax(dim=1)
+    far = int((nearest < 1 - 1e-4).sum())
+    require(far == 0, f"{far} of {len(atoms)} atoms are no row (cosine {float(nearest.min()):.3g} to the nearest)")
 
 
 def _has_closed_form(kind: type[Dictionary]) -> bool:

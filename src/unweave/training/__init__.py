@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave.training._end_to_end import EndToEndConfig as EndToEndConfig
 from unweave.training.config import TrainingConfig as TrainingConfig
+from unweave.training.end_to_end import check_end_to_end as check_end_to_end
 from unweave.training.end_to_end import train_end_to_end as train_end_to_end
 from unweave.training.fit import fit as fit
 from unweave.training.health import health as health

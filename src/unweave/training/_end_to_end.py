@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
@@ -28,15 +29,17 @@ _LOGIT_BYTES = 2**28  # a few tensors of this size exist at once
 class EndToEndConfig(TrainingConfig):
     """How to train a dictionary by what it does to the model it is spliced into.
 
-    The loss is ``kl KL(model || spliced) + downstream E + local ||y - y_hat||^2`` plus the dictionary's own penalties
-    (an L1 or L0 term, AuxK), with targets scaled to E||y||^2 = 1 as everywhere. ``batch_size`` counts rows, in whole
-    contexts: a step takes as many contexts as give at least so many. Braun et al. use ``kl = 1`` alone with an L1 of
-    1.5 / d on raw codes, which is ``l1_coefficient = 1.5 rms / d`` for ``relu`` with rms the root mean square norm of
-    the rows; or ``kl = 0.5`` with a downstream term.
+    The loss is ``kl KL(model || spliced) + ce CE(spliced) + downstream E + local ||y - y_hat||^2`` plus the
+    dictionary's own penalties (an L1 or L0 term, AuxK), with targets scaled to E||y||^2 = 1 as everywhere.
+    ``batch_size`` counts rows, in whole contexts: a step takes as many contexts as give at least so many. Braun et al.
+    use ``kl = 1`` alone with an L1 of 1.5 / d on raw codes, which is ``l1_coefficient = 1.5 rms / d`` for ``relu``
+    with rms the root mean square norm of the rows; or ``kl = 0.5`` with a downstream term.
 
     Attributes:
         kl_coefficient: of the divergence between the model's next-token distributions, averaged over the tokens the
             evaluation counts: every real, non-special token with one before it.
+        ce_coefficient: of the spliced model's cross-entropy on the text itself, over the same tokens. It rewards
+            whatever predicts the text, also where the model would not; KL asks for the model's own predictions.
         downstream_coefficient: of the squared differences at later sites, each relative to the mean square norm of
             the clean rows there (of the contexts that go through the model together), averaged over the spliced
             positions and over sites. Braun et al. weigh mean squares per dimension by 2.5; relative to E||x||^2 = 1
@@ -45,7 +48,10 @@ class EndToEndConfig(TrainingConfig):
         local_coefficient: of the squared error of the reconstruction itself.
     """
 
+    by_reconstruction: ClassVar[bool] = False
+
     kl_coefficient: NonNegativeFloat = 1.0
+    ce_coefficient: NonNegativeFloat = 0.0
     downstream_coefficient: NonNegativeFloat = 0.0
     downstream_sites: tuple[str, ...] = ()
     local_coefficient: NonNegativeFloat = 0.0
@@ -131,12 +137,7 @@ class EndToEndTrainer(Trainer):
     def __init__(self, dictionary: Dictionary, stream: ContextStream, model: LanguageModel, config: EndToEndConfig):
         super().__init__(dictionary, stream, config)  # pyright: ignore[reportArgumentType]
         self.model = model
-        site = stream.data.target_site
-        if not isinstance(site, Site):
-            raise UnweaveError(
-                f"end-to-end training splices into one site, and {site.name} is several: train on their rows instead"
-            )
-        self.site = site
+        self.site = cast(Site, stream.data.target_site)  # check_end_to_end has seen to it
         self.later = later_sites(model, self.site, config)
 
     def advance(self) -> None:
@@ -177,7 +178,7 @@ class EndToEndTrainer(Trainer):
         for i in range(0, len(contexts), step):  # a few contexts at a time: logits are wide
             part = contexts[i : i + step]
             rows = slice(int(ends[i]), int(ends[min(i + step, len(contexts))]))
-            share = {"kl": part.n_targets / n_targets, "apart": (rows.stop - rows.start) / n_rows}
+            share = {"tokens": part.n_targets / n_targets, "rows": (rows.stop - rows.start) / n_rows}
             numbers, grad = self._of_some(part, made[rows], target[rows], share)
             grads.append(grad)
             sums = {name: sums.get(name, 0.0) + value for name, value in numbers.items()}
@@ -190,19 +191,26 @@ class EndToEndTrainer(Trainer):
     ) -> tuple[dict[str, float], Tensor]:
         """The same of some contexts; ``share`` is their part in the means."""
         config, model = self.config, self.model
-        with torch.no_grad(), _Watch(self.later) as clean_rows:
-            clean = self._logits(contexts)
+        weights = {"kl": config.kl_coefficient, "ce": config.ce_coefficient, "mse": config.local_coefficient}
+        weights["downstream"] = config.downstream_coefficient
+        clean, clean_rows = None, {}
+        if weights["kl"] or self.later:
+            with torch.no_grad(), _Watch(self.later) as clean_rows:
+                clean = self._logits(contexts)
         y = made.detach().requires_grad_()
         with torch.enable_grad():
             raw = y / (self.target_scale or self.scale)
             with _Watch(self.later) as rows, splice(model, self.site, lambda _: raw, contexts.spliced):
                 logits = self._logits(contexts)
-            numbers = {"kl": divergence(clean, logits) * share["kl"]}
+            numbers: dict[str, Tensor] = {}
+            if weights["kl"] and clean is not None:
+                numbers["kl"] = divergence(clean, logits) * share["tokens"]
+            if weights["ce"]:
+                ce = F.cross_entropy(logits, contexts.targets, reduction="sum") / max(1, len(logits))
+                numbers["ce"] = ce * share["tokens"]
             if self.later and len(y):
-                numbers["downstream"] = _apart(rows, clean_rows, contexts.spliced) * share["apart"]
-            numbers["mse"] = (target - y).square().sum(1).sum() * (share["apart"] / max(1, len(y)))
-            weights = {"kl": config.kl_coefficient, "mse": config.local_coefficient}
-            weights["downstream"] = config.downstream_coefficient
+                numbers["downstream"] = _apart(rows, clean_rows, contexts.spliced) * share["rows"]
+            numbers["mse"] = (target - y).square().sum(1).sum() * (share["rows"] / max(1, len(y)))
             numbers["loss"] = torch.stack([weights[name] * value.to(y.device) for name, value in numbers.items()]).sum()
             (grad,) = torch.autograd.grad(numbers["loss"], y)
         return {name: float(value.detach()) for name, value in numbers.items()}, grad

@@ -40,7 +40,7 @@ class Trainer:
         self.step = 0
         self.scale, self.target_scale = 1.0, None
         self.input_norms: dict[str, float] = {}
-        self.lr = config.lr or dictionary.default_lr() * config.lr_boost
+        self.lr = config.lr or dictionary.default_lr() * (1.0 if config.continued else config.lr_boost)
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(
             # Adam refuses an empty list, and what learns without gradients may have nothing that asks for one.
@@ -83,9 +83,13 @@ class Trainer:
             if not same:
                 target_rms = float(target.double().square().sum(1).mean().sqrt())
                 self.target_scale = _inverse(target_rms, "target")
+        self.dictionary.train()
+        if self.config.continued:  # what finish folds into the weights is taken out of them
+            with torch.no_grad():
+                self.dictionary.fold_scale(1 / self.scale, None if same else 1 / (self.target_scale or 1.0))
+            return
         x = x * self.scale
         target = x if same else target * (self.target_scale or 1.0)
-        self.dictionary.train()
         self.dictionary.initialise(x, target)
         if sample.side is not None:
             self.dictionary.initialise_side(sample.side.to(self.device).float())

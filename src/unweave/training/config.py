@@ -25,6 +25,8 @@ class TrainingConfig(Config):
         normalise_input: train on ``x / sqrt(mean ||x||^2)`` and fold the scale back at the end, so that
             coefficients mean the same for every model; targets get a scale of their own by the same rule.
         ring_rows: rows the shuffle ring mixes; batches are drawn from these.
+        continued: go on from the weights the dictionary has, which are for raw rows, instead of setting what depends on
+            data from the first rows; no :attr:`lr_boost` then.
         mixing: "rows" replaces every row as it is drawn; "halves" draws half of the ring without replacement, then
             replaces that half at once (SAELens' buffer, which FAST uses).
         dead_after: a feature silent for more rows than this is dead. None: a twentieth of ``n_rows``, but at least
@@ -42,6 +44,8 @@ class TrainingConfig(Config):
 
     # Fields that change no number: a run may be resumed with other values of these.
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "keep_checkpoint"})
+    # Whether the dictionary is asked to give its rows back, so that a large FVU means that something went wrong.
+    by_reconstruction: ClassVar[bool] = True
 
     n_rows: PositiveInt
     batch_size: PositiveInt = 2048
@@ -51,6 +55,7 @@ class TrainingConfig(Config):
     grad_clip: PositiveFloat | None = 1.0
     seed: int = Field(default=0, ge=0, lt=2**63)
     normalise_input: bool = True
+    continued: bool = False
     ring_rows: PositiveInt = 65_536
     mixing: Literal["rows", "halves"] = "rows"
     dead_after: PositiveInt | None = None

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.sources import LanguageModel, TextSource
-from unweave.training._end_to_end import ContextStream, EndToEndConfig, EndToEndTrainer
+from unweave.sources.sites import Site
+from unweave.training._end_to_end import ContextStream, EndToEndConfig, EndToEndTrainer, later_sites
 from unweave.training.loop import Trained, identity_of, run_in_folder
 from unweave.training.trackers import Tracker
 
@@ -45,13 +48,7 @@ def train_end_to_end(
     """
     if source.model is not model:
         raise UnweaveError(f"the source reads {source.model.name!r}, not the model given: make the source from it")
-    if not dictionary.learns_by_gradient:
-        raise UnweaveError(f"{dictionary.name} learns without gradients: nothing can reach it through a model")
-    if dictionary.needs_side:
-        raise UnweaveError(
-            f"{dictionary.name} chooses or learns by side inputs ({dictionary.needs_side}), which its reconstruction "
-            "in the model does not see: train it on rows instead"
-        )
+    check_end_to_end(dictionary, source, config)
     return run_in_folder(
         lambda: EndToEndTrainer(dictionary, ContextStream(source, config.batch_size), model, config),
         dictionary,
@@ -60,3 +57,30 @@ def train_end_to_end(
         folder,
         trackers,
     )
+
+
+def check_end_to_end(dictionary: Dictionary, source: object, config: EndToEndConfig) -> None:
+    """Raise unless this dictionary can be trained through the model of this source.
+
+    Raises:
+        UnweaveError: for rows that are not of one model's text, a site that is several, a model in float16, no site
+            behind to compare at; a dictionary that learns without gradients or with side inputs.
+    """
+    if not isinstance(source, TextSource):
+        found = "rows of several, joined" if hasattr(source, "joined") else repr(source)
+        raise UnweaveError(f"end-to-end training runs one language model on text at every step, found {found}")
+    site = source.target_site
+    if not isinstance(site, Site):
+        raise UnweaveError(
+            f"end-to-end training splices into one site, and {site.name} is several: train on their rows instead"
+        )
+    if source.model.dtype == torch.float16:
+        raise UnweaveError("gradients in float16 underflow: load the model in bfloat16 or float32")
+    if not dictionary.learns_by_gradient:
+        raise UnweaveError(f"{dictionary.name} learns without gradients: nothing can reach it through a model")
+    if dictionary.needs_side:
+        raise UnweaveError(
+            f"{dictionary.name} chooses or learns by side inputs ({dictionary.needs_side}), which its reconstruction "
+            "in the model does not see: train it on rows instead"
+        )
+    later_sites(source.model, site, config)

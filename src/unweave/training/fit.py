@@ -21,7 +21,8 @@ from unweave.training.trackers import Tracker
 
 _MIN_STEPS = 1500  # what small data need to settle, whatever their number of rows ...
 _MAX_PASSES = 300  # ... but a handful of rows has nothing more to tell
-_RESERVED = frozenset({"d_in", "d_out", "n_features", "n_rows", "seed"})  # derived, or arguments of their own
+# Derived, arguments of their own, or of no use to a new dictionary.
+_RESERVED = frozenset({"d_in", "d_out", "n_features", "n_rows", "seed", "continued"})
 
 
 def fit(

@@ -78,6 +78,8 @@ def _fit(metrics: Sequence[Mapping[str, Any]], config: TrainingConfig) -> str | 
     curve = [line["fvu"] for line in metrics if line.get("fvu") is not None]
     if not curve:
         return "The rows do not vary at all (no variance to explain): check the site and the data."
+    if not config.by_reconstruction:
+        return None
     last, best = curve[-1], min(curve)
     if last >= 1:
         return (

@@ -44,7 +44,7 @@ def router(run: Any, overview: Overview, encoder: Encoder) -> APIRouter:
         if (ids := query.get("ids")) is not None:
             wanted = ids.split(",")[:100]
             return JSONResponse({"rows": [_name(feature_at(run, i.strip())) for i in wanted if i.strip()]})
-        view = ListView.of(query)
+        view = ListView.of(query, run.features)
         limit = query.get("limit", str(view.limit))
         if view.problems or not is_number(limit) or not 1 <= int(limit) <= MAX_LIMIT:
             return _error(400, " ".join(view.problems) or f"limit must lie between 1 and {MAX_LIMIT}, found {limit!r}")

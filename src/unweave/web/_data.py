@@ -51,6 +51,8 @@ def summary_data(row: Any) -> dict[str, Any]:
             "n_firing": row.n_firing,
             "max_value": row.max_value,
             "mean_value": row.mean_value,
+            "relative": row.relative,
+            "origin": vars(row.origin) if row.origin else None,
             "top_tokens": list(row.top_tokens),
             "snippet": {"tokens": list(row.snippet_tokens), "values": list(row.snippet_values)},
         }
@@ -84,6 +86,8 @@ def feature_data(f: Any) -> dict[str, Any]:
             "similar": [{"feature": j, "cosine": c} for j, c in f.similar],
             "cofiring": [{"feature": j, "probability": p, "lift": lift} for j, p, lift in f.cofiring],
             "top_tokens": [{"token": t, "share": s} for t, s in f.top_tokens],
+            "parts": [{"part": part, "share": share} for part, share in f.part_shares],
+            "origin": vars(f.origin) if f.origin else None,
         }
     )
 

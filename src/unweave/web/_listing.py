@@ -13,6 +13,7 @@ SORTS = {
     "density": "density",
     "max_value": "largest value",
     "mean_value": "mean value",
+    "relative": "share of the second part",
     "index": "number",
 }
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -31,9 +32,11 @@ class ListView:
     page: int = 1
     limit: int = LIMIT
     problems: list[str] = field(default_factory=list)
+    second: str = ""  # of rows of two parts what the second is called
+    origins: bool = False  # whether atoms are rows of the data
 
     @classmethod
-    def of(cls, query: Mapping[str, str]) -> ListView:
+    def of(cls, query: Mapping[str, str], store: Any) -> ListView:
         """Read an address leniently: what makes no sense is left out and said so in ``problems``."""
         problems: list[str] = []
 
@@ -51,7 +54,7 @@ class ListView:
             return number
 
         sort = query.get("sort") or "density"
-        if sort not in SORTS:
+        if sort not in SORTS or sort not in store.sort_keys:
             problems.append(f"The list cannot be sorted by {sort!r}; it is sorted by density.")
             sort = "density"
         low, high = share("min_density", "lowest"), share("max_density", "highest")
@@ -68,7 +71,14 @@ class ListView:
             dead=query.get("dead") in ("1", "true", "on"),
             page=max(1, int(page)) if page.isdecimal() and len(page) < 10 else 1,
             problems=problems,
+            second=store.part_labels[1] if "relative" in store.sort_keys else "",
+            origins="origin_document" in store.columns,
         )
+
+    @property
+    def sorts(self) -> list[tuple[str, str]]:
+        """What the list can be sorted by, with its name."""
+        return [(key, text) for key, text in SORTS.items() if key != "relative" or self.second]
 
     @property
     def offset(self) -> int:
@@ -130,8 +140,11 @@ class ListView:
     @property
     def heads(self) -> list[Head]:
         columns = [("index", "Feature", "num idx"), ("density", "Density", "num dens"), ("max_value", "Max", "num max")]
+        if self.second:
+            columns.append(("relative", f"In {self.second}", "num rel"))
         heads = [self._head(key, text, css) for key, text, css in columns]
-        return [*heads, Head("Tokens it fires on", "tops"), Head("Strongest context", "snippet")]
+        about = Head("The row it is", "tops") if self.origins else Head("Tokens it fires on", "tops")
+        return [*heads, about, Head("Strongest context", "snippet")]
 
     def _head(self, key: str, text: str, css: str) -> Head:
         if key == self.sort:

@@ -34,7 +34,7 @@ MEASURES: dict[str, tuple[str, str, bool, str]] = {
     "ce_zero": ("CE, zero", "", False, "the loss with the activation set to zero"),
 }
 HEADLINE = ("fvu", "l0", "ce_loss_recovered", "dead_share")
-CURVES = (("loss", "Loss"), ("fvu", "FVU"), ("l0", "L0"), ("dead_share", "Dead share"))
+CURVES = (("loss", "Loss"), ("kl", "KL"), ("ce", "CE"), ("fvu", "FVU"), ("l0", "L0"), ("dead_share", "Dead share"))
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,17 @@ class Results:
     rivals: list[str]
     rows: list[Measure]
     data: str
+    notes: list[str]
 
     def headline(self) -> list[Measure]:
-        return [row for key in HEADLINE for row in self.rows if row.key == key]
+        """The numbers to look at first; where there is no common one, those of each model."""
+        common = {row.key for row in self.rows}
+        return [
+            row
+            for key in HEADLINE
+            for row in self.rows
+            if row.key == key or (key not in common and _metric(row.key) == key)
+        ]
 
 
 def results(evaluation: Mapping[str, Any] | None) -> Results | None:
@@ -73,10 +81,11 @@ def results(evaluation: Mapping[str, Any] | None) -> Results | None:
     if not measured:
         return None
     baselines: Mapping[str, Any] = (evaluation or {}).get("baselines") or {}
-    order = [key for key in MEASURES if key in measured] + sorted(key for key in measured if key not in MEASURES)
+    places = {key: place for place, key in enumerate(MEASURES)}
     rows = []
-    for key in order:
-        label, better, share, meaning = MEASURES.get(key, (_words(key), "", False, ""))
+    for key in sorted(measured, key=lambda key: (places.get(_metric(key), len(places)), ":" in key, key)):
+        label, better, share, meaning = MEASURES.get(_metric(key), (_words(_metric(key)), "", False, ""))
+        label += f" ({key.partition(':')[2]})" if ":" in key else ""
         rivals = [_cell(values.get(key), share) for values in baselines.values()]
         rows.append(Measure(key, label, better, meaning, _cell(measured[key], share), rivals))
     data = (evaluation or {}).get("data") or {}
@@ -84,9 +93,16 @@ def results(evaluation: Mapping[str, Any] | None) -> Results | None:
         f"{data[key]:,} {word}" for key, word in (("n_tokens", "tokens"), ("n_documents", "documents")) if data.get(key)
     ]
     text = " of ".join(counted)
+    notes = [f"Part {label} is {name}." for label, name in (data.get("parts") or {}).items()]
+    notes += [f"{note[0].upper()}{note[1:]}." for note in [data.get("note")] if note]
     if split := data.get("split"):
         text = f"{text}, {_words(str(split))}" if text else _words(str(split))
-    return Results([_rival_name(name) for name in baselines], rows, text)
+    return Results([_rival_name(name) for name in baselines], rows, text, notes)
+
+
+def _metric(key: str) -> str:
+    """What is measured, of a number that may be of one part of the rows: ``fvu`` of ``fvu:layers.6``."""
+    return key.partition(":")[0]
 
 
 def _rival_name(name: str) -> str:
@@ -143,8 +159,14 @@ class Overview:
         return model_name(self.run)
 
     @cached_property
+    def against(self) -> str | None:
+        """The second model of a run that compares two."""
+        named = ((self.run.recipe or {}).get("against") or {}).get("name")
+        return last_part(str(named)) if named else None
+
+    @cached_property
     def site(self) -> str | None:
-        found = _first(self.run, "site")
+        found = self.run.recipe["source"]["site"] if self.against else _first(self.run, "site")
         return str(found) if found else None
 
     @cached_property
@@ -159,8 +181,12 @@ class Overview:
         pairs = [
             ("Model", self.model),
             ("Revision", str(revision)[:12] if revision else None),
+            ("Against", self.against),
             ("Site", self.site),
-            ("Target site", target if (target := _first(self.run, "target_site")) != self.site else None),
+            (
+                "Target site",
+                target if (target := _first(self.run, "target_site")) != _first(self.run, "site") else None,
+            ),
             ("Architecture", self.architecture),
             ("Features", f"{self.n_features:,}"),
             ("Width", width),
@@ -188,6 +214,8 @@ class Overview:
         found = recipe.get("training")
         settings: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
         last = self.metrics[-1] if self.metrics else {}
+        if settings.get("objective", "mse") != "mse":
+            pairs.append(("Objective", f"{str(settings['objective']).upper()}, end to end"))
         pairs.append(("Rows trained on", last.get("rows") or settings.get("n_rows")))
         pairs.append(("Steps", last.get("step")))
         for key, label in (("batch_size", "Batch size"), ("seed", "Seed")):
@@ -198,7 +226,9 @@ class Overview:
         pairs.append(("Median rows per second", float(np.median(speeds)) if speeds else None))
         pairs.append(("Rows mixed in the shuffle ring", last.get("effective_rows")))
         same = last.get("same_document_rate")
-        shown = [(name, number(value)) for name, value in pairs if value is not None]
+        shown = [
+            (name, value if isinstance(value, str) else number(value)) for name, value in pairs if value is not None
+        ]
         if isinstance(same, int | float) and math.isfinite(same):
             shown.append(("Row pairs from one document", percent(same)))
         return shown

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from unweave.errors import UnweaveError
 from unweave.features.card import FeatureLines
 from unweave.web._encoder import MAX_CHARACTERS, MAX_TOKENS, Encoder
-from unweave.web._listing import SORTS, ListView
+from unweave.web._listing import ListView
 from unweave.web._overview import Overview, live_features, starting_points
 from unweave.web._render import render
 
@@ -42,7 +42,7 @@ def router(run: Any, overview: Overview, encoder: Encoder) -> APIRouter:
         wanted = query.get("q", "").strip()
         if query.get("jump") and is_number(wanted):
             return RedirectResponse(f"/features/{int(wanted)}", status_code=303)
-        view = ListView.of(query)
+        view = ListView.of(query, run.features)
         found = view.ask(run.features)
         last = view.pages(found.total)
         if view.page > last:  # the list got shorter, or someone edited the address
@@ -54,7 +54,7 @@ def router(run: Any, overview: Overview, encoder: Encoder) -> APIRouter:
             view=view,
             page=found,
             heads=view.heads,
-            sorts=list(SORTS.items()),
+            sorts=view.sorts,
         )
 
     @pages.get("/features/random")

@@ -58,6 +58,8 @@ def _run(folder: Path) -> tuple[str, Rows]:
     rows = [("dictionary", "none, imported codes")]
     if run.has_dictionary:
         rows = formats.inspect(folder / "dictionary").rows()
+    if against := (run.recipe or {}).get("against"):
+        rows.append(("against", against["name"]))
     source = run.provenance.get("source") or {}
     if source.get("kind") == "imported":
         model = source.get("model") or {}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from unweave.batch import ActivationBatch
 from unweave.errors import NoText, UnweaveError
 from unweave.files import read_json
-from unweave.runs.opening import open_documents, open_model, open_sites, open_source
+from unweave.runs.opening import open_against, open_documents, open_model, open_source
 from unweave.runs.provenance import environment, now, update_provenance
 from unweave.runs.recipe import EvaluationRecipe, IndexRecipe, Recipe
+from unweave.workflows.harvesting import Say, fill_store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from unweave.activations import ActivationStore
     from unweave.dictionaries import Dictionary, DictionaryConfig
     from unweave.evaluation import Evaluation
-    from unweave.features import FeatureStore
-    from unweave.sources import Documents, LanguageModel, TextSource
+    from unweave.features import FeatureStore, Origin
+    from unweave.sources import Documents, JoinedSource, LanguageModel, TextSource
     from unweave.training import TrainingConfig
 
-Say = Callable[[str], None]
+_AROUND = 24  # tokens of text kept on each side of an atom's own
 
 
 class Pipeline:
@@ -37,7 +37,7 @@ class Pipeline:
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, say: Say = print) -> None:
-        self.recipe, self.folder, self.say = _with_side(recipe), Path(folder), say
+        self.recipe, self.folder, self.say = _settled(recipe), Path(folder), say
         self._remeasure = False
         if (self.folder / "recipe.yaml").is_file():
             self._compare_recipes(Recipe.of_run(self.folder))
@@ -46,8 +46,8 @@ class Pipeline:
         """Refuse a recipe that contradicts work already in the folder; what has not been used yet may change."""
         trained = (self.folder / "training.json").is_file() or any(self.folder.glob("checkpoints/*.safetensors"))
         harvested = (self.folder / "activations" / "manifest.json").is_file()
-        decided = {"model", "data", "source"} if harvested else set()
-        decided |= {"model", "data", "source", "store", "dictionary", "training"} if trained else set()
+        decided = {"model", "against", "data", "source"} if harvested or trained else set()
+        decided |= {"store", "dictionary", "training"} if trained else set()
         old, new = there.to_dict(), self.recipe.to_dict()
         changes = list(_differences({k: old[k] for k in decided}, {k: new[k] for k in decided}))
         changes = [c for c in changes if trained or c[0] != "source.tokens"]  # an unfinished store may still grow
@@ -73,14 +73,24 @@ class Pipeline:
         return open_model(self.recipe)
 
     @cached_property
+    def against(self) -> LanguageModel | None:
+        """The model to compare with, if there is one."""
+        if self.recipe.against is not None:
+            self.say(f"loading the model {self.recipe.against.name}")
+        return open_against(self.recipe, self.model)
+
+    @cached_property
     def documents(self) -> Documents:
         documents = open_documents(self.recipe)
         self.say(f"text: {documents.describe()}")
         return documents
 
     @cached_property
-    def source(self) -> TextSource:
-        return open_source(self.recipe, self.model, self.documents)
+    def source(self) -> TextSource | JoinedSource:
+        return self._source()
+
+    def _source(self, split: Literal["train", "held_out"] = "train", with_side: bool = True) -> Any:
+        return open_source(self.recipe, self.model, self.documents, split, with_side, self.against)
 
     @cached_property
     def store(self) -> ActivationStore | None:
@@ -120,10 +130,12 @@ class Pipeline:
         from unweave.training.trackers import make_trackers
 
         started = time.monotonic()
-        dictionary_config(self.recipe, self.source)  # mistakes should show before the work, not after
+        wanted = dictionary_config(self.recipe, self.source)  # mistakes should show before the work, not after
+        if self.recipe.dictionary.start is not None:
+            _started(self.recipe.dictionary.start, wanted)
         make_trackers(self.recipe.trackers)
         self._begin()
-        store = _fill_store(self.recipe, self.source, folder, self.say)
+        store = fill_store(self.recipe, self.source, folder, self.say)
         if store.n_rows > n_there:
             seconds = time.monotonic() - started
             self.say(f"harvested {store.n_rows:,} activations of {store.n_items:,} contexts in {seconds:.0f} s")
@@ -132,27 +144,31 @@ class Pipeline:
 
     def train(self) -> Dictionary:
         from unweave.activations import RowStream
-        from unweave.training import train
+        from unweave.training import EndToEndConfig, train, train_end_to_end
 
         if (self.folder / "training.json").is_file():
             return self.dictionary
         dictionary, config = self.prepare()
-        started = time.monotonic()
-        stream = RowStream(self.origin, seed=config.seed)
-        trained = train(dictionary, stream, config, self.folder, trackers=self.recipe.trackers)
+        started, trackers = time.monotonic(), self.recipe.trackers
+        if isinstance(config, EndToEndConfig):
+            source = cast("TextSource", self.source)  # it was checked
+            trained = train_end_to_end(dictionary, self.model, source, config, self.folder, trackers=trackers)
+        else:
+            stream = RowStream(self.origin, seed=config.seed)
+            trained = train(dictionary, stream, config, self.folder, trackers=trackers)
         self._timed("train", started, rows=config.n_rows)
         for line in trained.health:
             self.say(f"note: {line}")
         return self.dictionary
 
     @property
-    def origin(self) -> ActivationStore | TextSource:
+    def origin(self) -> ActivationStore | TextSource | JoinedSource:
         """Where the rows come from."""
         return self.source if self.store is None else self.store
 
     def share(self, other: Pipeline) -> None:
         """Use another run's model, text and activations, which must be the same as this one's."""
-        for name in ("model", "documents", "source", "store"):
+        for name in ("model", "against", "documents", "source", "store"):
             if name in vars(other):
                 setattr(self, name, vars(other)[name])
 
@@ -165,6 +181,7 @@ class Pipeline:
         self.say(
             f"training {dictionary.name}: {dictionary.d_in} -> {dictionary.n_features:,} features on "
             f"{config.n_rows:,} rows ({config.n_rows / n_available:.1f} passes over {n_available:,})"
+            + ("" if config.by_reconstruction else f", end to end ({self.recipe.training.objective})")
         )
         return dictionary, config
 
@@ -174,11 +191,18 @@ class Pipeline:
 
         from unweave.dictionaries import get
         from unweave.sources import parse_device
+        from unweave.training import EndToEndConfig, check_end_to_end
 
         recipe = self.recipe
         config = recipe.training.resolve(self._n_available)
         torch.manual_seed(config.seed if recipe.dictionary.seed is None else recipe.dictionary.seed)
-        made = get(recipe.dictionary.arch)(dictionary_config(recipe, self.origin))
+        wanted = dictionary_config(recipe, self.origin)
+        if recipe.dictionary.start is not None:
+            made, config = _started(recipe.dictionary.start, wanted), config.replace(continued=True)
+        else:
+            made = get(recipe.dictionary.arch)(wanted)
+        if isinstance(config, EndToEndConfig):
+            check_end_to_end(made, self.origin, config)
         return made.to(parse_device(recipe.model.device)), config
 
     @property
@@ -203,7 +227,7 @@ class Pipeline:
             return Evaluation.load(path)
         settings = settings or self.recipe.evaluation or EvaluationRecipe()
         started = time.monotonic()
-        held_out = open_source(self.recipe, self.model, self.documents, split="held_out", with_side=False)
+        held_out = self._source("held_out", with_side=False)
         evaluation = evaluate(
             self.dictionary,
             held_out,
@@ -218,6 +242,8 @@ class Pipeline:
         )
         if (reason := evaluation.data.get("loss_left_out")) is not None:
             self.say(f"note: the loss metrics are left out: {reason}")
+        if (note := evaluation.data.get("note")) is not None:
+            self.say(f"note: {note}")
         evaluation.save(path)
         self._timed("evaluate", started)
         return evaluation
@@ -232,7 +258,7 @@ class Pipeline:
         settings = settings or self.recipe.index or IndexRecipe()
         origin, rows = self.origin, self.origin
         if self.store is None and self.recipe.source.side:  # gradients would be made for nothing
-            rows = open_source(self.recipe, self.model, self.documents, with_side=False)
+            rows = self._source(with_side=False)
         n_rows = min(settings.tokens, self.recipe.source.tokens if self.store is None else self.store.n_rows)
         started = time.monotonic()
         features = build_features(
@@ -241,6 +267,7 @@ class Pipeline:
             first_rows(rows.batches(), n_rows),
             token_bytes=self.model.token_bytes(),
             unembed=self._unembed(origin.provenance),
+            origins=self._origins(),
             config=IndexConfig(**{name: getattr(settings, name) for name in IndexConfig.model_fields}),
             n_rows=n_rows,
             provenance=origin.provenance,
@@ -249,22 +276,90 @@ class Pipeline:
         self._timed("index", started, rows=n_rows)
         return features
 
+    def _origins(self) -> dict[int, Origin] | None:
+        """The rows that the atoms are, with their texts, where the dictionary is made of rows; one more pass."""
+        if not self.dictionary.atoms_are_rows:
+            return None
+        from unweave.analysis import atom_sources
+        from unweave.features import Origin, decode_tokens
+
+        n_rows = self.recipe.source.tokens if self.store is None else self.store.n_rows
+        pieces = self.model.token_bytes()
+        found = atom_sources(
+            self.dictionary,
+            _First(self.origin, n_rows),
+            token_strings=lambda tokens: decode_tokens([pieces[token] for token in tokens]),
+            context=_AROUND,
+        )
+        self.say(f"found the text of {len(found):,} of {self.dictionary.n_features:,} atoms")
+        return {feature: Origin(s.document, s.position, s.before, s.text, s.after) for feature, s in found.items()}
+
     def _unembed(self, provenance: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
         """What atoms do to the logits, where they live in the residual stream, so that the output head can read them.
 
-        Of a composite site the last part that does is read.
+        Of a composite site the last part that does is read; of two models the one where the atom is the longer, each
+        norm in units of the rows there.
         """
-        found, end = None, 0
-        written = provenance["target_site"]
-        parts = provenance.get("target_parts" if written != provenance["site"] else "parts")
-        for part in parts or [{"site": written, "width": self.dictionary.d_out}]:
-            start, end = end, end + part["width"]
-            if part["site"] in self.model.sites() and not part["site"].endswith(".heads"):
-                found = slice(start, end)
-        if found is None:
-            return None
-        columns = found
-        return lambda directions: self.model.unembed(directions[:, columns])
+        import torch
+
+        if self.against is None:
+            columns = _in_the_stream(provenance, self.model, self.dictionary.d_out)
+            return None if columns is None else lambda directions: self.model.unembed(directions[:, columns])
+        half = self.dictionary.d_out // 2
+        units = getattr(self.dictionary, "part_rms", torch.ones(2))
+        read = [
+            (one, _in_the_stream(source, one, half))
+            for one, source in zip((self.model, self.against), provenance["sources"])
+        ]
+
+        def effect(directions: Tensor) -> Tensor:
+            atoms = directions.split(half, dim=1)
+            lengths = torch.stack([atom.norm(dim=1) for atom in atoms], dim=1) / units
+            logits = [model.unembed(atom[:, columns]) for (model, columns), atom in zip(read, atoms)]
+            n = min(one.shape[1] for one in logits)  # one may have its output padded
+            return torch.where((lengths[:, 0] >= lengths[:, 1])[:, None], *(one[:, :n] for one in logits))
+
+        return None if any(columns is None for _, columns in read) else effect
+
+
+def _started(folder: str, wanted: DictionaryConfig) -> Dictionary:
+    """The dictionary of a run, to be trained further."""
+    from unweave.runs import Run
+
+    made = Run(folder).dictionary
+    if made.config != wanted:
+        changes = _differences(made.config.to_dict(), wanted.to_dict())
+        name, there, now_ = next(changes, ("arch", made.name, "another"))
+        raise UnweaveError(
+            f"going on from {folder} means with its dictionary: {name} is {there!r} there and {now_!r} now; leave "
+            "the settings of the dictionary out, and name the site it was trained on"
+        )
+    if not made.learns_by_gradient or "n_parts" in type(made.config).model_fields:
+        why = "takes rows of several parts" if made.learns_by_gradient else "learns without gradients"
+        raise UnweaveError(f"{made.name} {why}: it cannot be gone on from, train it anew")
+    return made
+
+
+def _in_the_stream(provenance: Mapping[str, Any], model: LanguageModel, width: int) -> slice | None:
+    """The columns of a source's target rows that are in the residual stream, the last of several; None if none are."""
+    from unweave.sources import target_parts
+
+    found, end = None, 0
+    for part in target_parts(provenance) or [{"site": provenance["target_site"], "width": width}]:
+        start, end = end, end + part["width"]
+        if part["site"] in model.sites() and not part["site"].endswith(".heads"):
+            found = slice(start, end)
+    return found
+
+
+class _First:
+    """The beginning of a source, which may be far longer than what was used of it."""
+
+    def __init__(self, origin: Any, n_rows: int) -> None:
+        self.d_in, self._origin, self._n_rows = origin.d_in, origin, n_rows
+
+    def batches(self) -> Iterator[ActivationBatch]:
+        return first_rows(self._origin.batches(), self._n_rows)
 
 
 def first_rows(batches: Iterable[ActivationBatch], n_rows: int) -> Iterator[ActivationBatch]:
@@ -277,15 +372,7 @@ def first_rows(batches: Iterable[ActivationBatch], n_rows: int) -> Iterator[Acti
         seen += batch.n_rows
 
 
-def harvest_only(recipe: Recipe, folder: str | Path, say: Say = print) -> ActivationStore:
-    """Write an ActivationStore and nothing else, for training several dictionaries from it."""
-    model = open_model(recipe)
-    documents = open_documents(recipe)
-    say(f"text: {documents.describe()}")
-    return _fill_store(recipe, open_source(recipe, model, documents), Path(folder), say)
-
-
-def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> DictionaryConfig:
+def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource | JoinedSource) -> DictionaryConfig:
     """The config of a recipe's dictionary, for rows of that width.
 
     Raises:
@@ -306,74 +393,17 @@ def dictionary_config(recipe: Recipe, origin: ActivationStore | TextSource) -> D
     return kind.Config(**widths, **options)
 
 
-def _with_side(recipe: Recipe) -> Recipe:
-    """The recipe with the side inputs its architecture cannot do without, where it collects its own activations."""
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with what follows from it: no store for end-to-end training, and the side inputs its architecture
+    cannot do without, where it collects its own activations."""
     from unweave.dictionaries import get
 
     kind = get(recipe.dictionary.arch)
+    if recipe.training.objective != "mse":
+        recipe = recipe.replace(source=recipe.source.replace(stream=True))
     if not kind.needs_side or recipe.source.side is not None or recipe.store is not None:
         return recipe
     return recipe.replace(source=recipe.source.replace(side=kind.needs_side))
-
-
-def harvest_sites(
-    recipe: Recipe, sites: Sequence[str], folder: str | Path, say: Say = print
-) -> dict[str, ActivationStore]:
-    """Write a store for each of several sites from one pass of the model, in ``folder/SITE``.
-
-    In the folders' names a colon becomes ``-`` and a star ``all``. Each store is the one that harvesting its site alone
-    would make: train from any of them, continue it on its own, or name more sites later and run only those.
-    """
-    from unweave.activations import harvest
-
-    folder = Path(folder)
-    if (folder / "manifest.json").exists():
-        raise UnweaveError(f"{folder} is a store itself: choose another folder for the stores of several sites")
-    model = open_model(recipe)
-    documents = open_documents(recipe)
-    say(f"text: {documents.describe()}")
-    group = open_sites(recipe, model, documents, sites)
-    recipes = {site: recipe.replace(source=recipe.source.replace(site=site)) for site in sites}
-    needed = 0
-    for source in group.sources.values():
-        say(f"site: {source.site.describe()}")
-        needed += recipe.source.tokens * _row_bytes(recipe, source)
-    _check_space(folder, needed)
-    return harvest(
-        group,
-        {site: folder / site.replace(":", "-").replace("*", "all") for site in sites},
-        n_rows=recipe.source.tokens,
-        dtype=recipe.source.dtype,
-        provenance_extra={site: {"recipe": _source_of(made)} for site, made in recipes.items()},
-    )
-
-
-def _fill_store(recipe: Recipe, source: TextSource, folder: Path, say: Say) -> ActivationStore:
-    """Harvest what a recipe asks for; the store remembers how its source is made."""
-    from unweave.activations import harvest
-
-    tokens = recipe.source.tokens
-    _check_space(folder, tokens * _row_bytes(recipe, source))
-    say(f"site: {source.site.describe()}")
-    extra = {"recipe": _source_of(recipe)}
-    return harvest(source, folder, n_rows=tokens, dtype=recipe.source.dtype, provenance_extra=extra)
-
-
-def _row_bytes(recipe: Recipe, source: TextSource) -> int:
-    """About what a row takes on disk, with its place, its token and (int8) its scale."""
-    width = source.d_in + (source.d_out if recipe.source.target_site else 0)
-    plain = 4 if recipe.model.dtype == "float32" else 2
-    return width * (1 if recipe.source.dtype == "int8" else plain) + (source.d_side or 0) * plain + 16
-
-
-def _source_of(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that decides the activations: how to make the same source again."""
-    values = recipe.to_dict()
-    for name in ("tokens", "stream", "dtype"):  # how many rows, and how they are kept: the store itself says it
-        values["source"].pop(name)
-    if values["source"]["side"] is None:
-        del values["source"]["side"]  # as in the stores made before there were side inputs
-    return {key: values[key] for key in ("model", "data", "source")}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -383,16 +413,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b
-
-
-def _check_space(folder: Path, n_bytes: int) -> None:
-    there = folder
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    already = sum(f.stat().st_size for f in folder.rglob("shard-*.safetensors")) if folder.exists() else 0
-    if n_bytes - already > free:
-        raise UnweaveError(
-            f"the activations would take {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free. "
-            "Collect fewer with --tokens, choose another disk, or train on the fly with --stream."
-        )

@@ -41,6 +41,8 @@ def sweep(
 
     if recipe.trackers:
         raise UnweaveError(f"sweep: trackers follow one run at a time; leave {recipe.trackers} out")
+    if recipe.training.objective != "mse":
+        raise UnweaveError("sweep: members learn from the same rows; train end to end one by one, with `unweave train`")
     recipes = _members(recipe, axes)
     first = Pipeline(recipe, folder, say)
     for member in recipes.values():  # mistakes should show before the work, not after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
@@ -42,6 +43,7 @@ def new_environment(*more: BaseLoader) -> Environment:
         value=formatting.value,
         percent=formatting.percent,
         share=lambda s: f"{s:.0%}",
+        part=lambda s: "–" if s is None or math.isnan(s) else f"{s:.1%}",
         one_in=formatting.one_in,
         visible=formatting.visible,
         chip=formatting.chip,

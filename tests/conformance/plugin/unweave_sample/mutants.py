@@ -355,6 +355,11 @@ class Idle(Tied):
         return Loss(loss.total.detach() + 0 * self.D.sum(), loss.terms, loss.code, loss.reconstruction)
 
 
+@breaks("atoms_are_rows_of_the_data", "atoms are no row")
+class NoRows(Tied):
+    atoms_are_rows = True
+
+
 @breaks("closed_form_agrees_with_autograd", "gradient of W_enc at progress")
 class HalfTheGradient(TopK):
     def backward(self, step: Step) -> Backward:
