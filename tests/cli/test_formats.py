@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import unweave
+from unweave import formats
 from unweave.cli._app import app
 from unweave.errors import UnweaveError
 from unweave.runs import Run
@@ -58,6 +59,19 @@ def test_convert_refuses_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="no format 'saelenz'"):
         call("convert", GOLDEN / "saelens" / "standard", "--to", "saelenz", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_names_the_layer_wants_to_know_it(tmp_path: Path) -> None:
+    unweave.build("relu", 8, 16).eval().save(tmp_path / "made")
+    for to in ("circuit-tracer", "llamascopium"):
+        with pytest.raises(UnweaveError, match="say "):
+            call("convert", tmp_path / "made", "--to", to, "--out", tmp_path / to)
+        assert not (tmp_path / to).exists()
+        call("convert", tmp_path / "made", "--to", to, "--out", tmp_path / to, "--site", "layers.5", "--model", "gpt2")
+        assert formats.inspect(tmp_path / to).site == "layers.5"
+    config = (tmp_path / "circuit-tracer" / "config.yaml").read_text()
+    assert "feature_input_hook: hook_resid_post\nfeature_output_hook: hook_resid_post" in config
+    assert formats.inspect(tmp_path / "circuit-tracer").model == "gpt2"
 
 
 def test_a_run_is_converted(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ def convert(
     thing: Annotated[str, typer.Argument(help="A run, or a checkpoint of any library that `unweave inspect` knows.")],
     to: Annotated[str, typer.Option(help="The format to write, such as saelens or sparsify.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
+    model: Annotated[str | None, typer.Option(help="Its model, where its files do not say.")] = None,
+    site: Annotated[str | None, typer.Option(help="Its site, likewise: layers.12.")] = None,
+    target_site: Annotated[str | None, typer.Option(help="What a transcoder writes to, likewise.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="What the files do not say, as name=value, such as k=32. Repeatable.")
     ] = None,
@@ -22,5 +25,6 @@ def convert(
     from unweave.config import apply_overrides
     from unweave.workflows.conversion import convert as write
 
-    facts = write(thing, to, out, **apply_overrides({}, option or []))
+    known = {"model": model, "site": site, "target_site": target_site}
+    facts = write(thing, to, out, **known, **apply_overrides({}, option or []))
     say(f"wrote {out}: {facts.architecture}, {facts.d_in} -> {facts.n_features:,} features, as {facts.format}")

@@ -12,7 +12,7 @@ from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
 from unweave.files import write_tensors, write_text
 from unweave.formats._checkpoint import Checkpoint
-from unweave.formats._facts import Facts, site_of_hook
+from unweave.formats._facts import Facts, hook_of_site, site_of_hook
 from unweave.formats._fold import Parts, skip_name, with_skip
 from unweave.formats._plain import plain
 from unweave.formats.catalogue import Entry
@@ -62,6 +62,13 @@ class CircuitTracer(Format):
         if activation == "topk":
             k = _k(tensors, config, k)
             missing = None if k else "k is not in the file: give k="
+        site = target = None
+        if layer:
+            site, target = (
+                site_of_hook(f"blocks.{layer[1]}.{config.get(f'feature_{way}_hook', str)}")
+                for way in ("input", "output")
+            )
+            target = target or f"layers.{layer[1]}.mlp"
         if len(layers) > 1:
             missing = f"it holds {len(layers)} layers, each of them a dictionary: name one of the files, as {layers[0]}"
         return Facts(
@@ -73,8 +80,8 @@ class CircuitTracer(Format):
             k=k if activation == "topk" else None,
             dtype=tensors.info["W_enc"].dtype,
             model=config.get("model_name", str),
-            site=site_of_hook(f"blocks.{layer[1]}.{hook}") if layer else None,
-            target_site=f"layers.{layer[1]}.mlp" if layer else None,
+            site=site,
+            target_site=target if target != site else None,
             hook=hook,
             missing=missing,
         )
@@ -121,13 +128,16 @@ class CircuitTracer(Format):
         if p.W_skip is not None:
             tensors["W_skip"] = p.W_skip.T
         layer = re.search(r"layers\.(\d+)", facts.target_site or facts.site or "")
-        name = f"layer_{layer[1] if layer else 0}.safetensors"
-        config = {
-            "model_name": facts.model,
-            "model_kind": "transcoder_set",
-            "feature_input_hook": in_a_layer(facts.hook) or "mlp.hook_in",
-        }
-        config |= {"feature_output_hook": "mlp.hook_out", "transcoders": [name]}
+        if layer is None:
+            raise UnweaveError(
+                f"{self.title} names its files by layer, and nobody says of which this dictionary is: say it, "
+                "with site= (--site layers.12) or target_site= (--target-site layers.12.mlp)"
+            )
+        name = f"layer_{layer[1]}.safetensors"
+        read = in_a_layer(facts.hook) or in_a_layer(hook_of_site(facts.site)) or "mlp.hook_in"
+        written = read if facts.target_site in (None, facts.site) else in_a_layer(hook_of_site(facts.target_site))
+        config = {"model_name": facts.model, "model_kind": "transcoder_set", "feature_input_hook": read}
+        config |= {"feature_output_hook": written or "mlp.hook_out", "transcoders": [name]}
         write_tensors(folder / name, tensors)
         write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 

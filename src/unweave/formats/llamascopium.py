@@ -133,7 +133,12 @@ class Llamascopium(Format):
         p = plain(dictionary, self.title, "relu", "topk", "jumprelu")
         if p.d_in != p.d_out:
             raise UnweaveError(f"llamascopium wants equal widths of input and output, found {p.d_in} and {p.d_out}")
-        hook = facts.hook or hook_of_site(facts.site) or "unknown"
+        hook = facts.hook or hook_of_site(facts.site)
+        if hook is None:
+            raise UnweaveError(
+                f"{self.title} names what it reads by TransformerLens's hooks, and none is known for the site "
+                f"{facts.site or '(unknown)'}: say the site, with site= (--site layers.12)"
+            )
         hooks = {"hook_point_in": hook, "hook_point_out": hook_of_site(facts.target_site) or hook}
         config = settings("sae", p.d_in, p.n_features, p.activation, p.k) | hooks | {"use_glu_encoder": False}
         tensors = {"W_E": p.W_enc.T, "b_E": p.encoder_bias(False, self.title), "W_D": p.W_dec, "b_D": p.b_dec}

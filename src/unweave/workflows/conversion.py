@@ -11,12 +11,22 @@ from unweave.formats import Facts
 from unweave.runs import Run, load
 
 
-def convert(thing: str | Path, to: str, out: str | Path, **options: Any) -> Facts:
+def convert(
+    thing: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    site: str | None = None,
+    target_site: str | None = None,
+    **options: Any,
+) -> Facts:
     """Write a dictionary in the format ``to``, with what is known of its model and site.
 
     Args:
-        thing: a run folder, or whatever :func:`unweave.load` reads. out: a new folder. options: what the files of
-            ``thing`` do not say.
+        thing: a run folder, or whatever :func:`unweave.load` reads. out: a new folder.
+        model, site, target_site: where it belongs, if nothing says it or what says it is wrong.
+        options: what else the files of ``thing`` do not say.
 
     Returns:
         Facts: of what was written.
@@ -30,6 +40,10 @@ def convert(thing: str | Path, to: str, out: str | Path, **options: Any) -> Fact
         dictionary, facts = opened.dictionary, facts_of_run(opened)
     else:
         dictionary, facts = opened, formats.inspect(thing, **options)
+    said = {"model": model, "site": site, "target_site": target_site}
+    facts = replace(facts, **{name: value for name, value in said.items() if value is not None})
+    if site is not None or target_site is not None:
+        facts = replace(facts, hook=None)  # the name of the site that the files gave
     folder = formats.write(dictionary, to, out, facts)
     return formats.inspect(folder)
 
