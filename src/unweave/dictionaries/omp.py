@@ -9,7 +9,6 @@ from unweave.dictionaries._base import Loss, TrainingBatch
 from unweave.dictionaries._pursuit import PursuitConfig, PursuitDictionary, pursuit_ops
 from unweave.dictionaries.registry import register
 from unweave.kernels.pattern import Pattern
-from unweave.kernels.pursuit.nonnegative import nonnegative_pursuit
 
 
 class OMPConfig(PursuitConfig):
@@ -48,7 +47,7 @@ class OMP(PursuitDictionary):
     def pursue(self, rows: Tensor) -> tuple[Pattern, Tensor]:
         W, k, tolerance = self.W_dec.detach(), self.config.k, self.stop_at()
         if self.config.nonnegative:
-            return nonnegative_pursuit(rows, W, k, tolerance=tolerance)
+            return pursuit_ops(W).nonnegative_pursuit(rows, W, k, tolerance=tolerance)
         return pursuit_ops(W).orthogonal_matching_pursuit(rows, W, k, tolerance=tolerance)
 
     def loss(self, batch: TrainingBatch) -> Loss:

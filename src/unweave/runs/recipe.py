@@ -277,7 +277,10 @@ def _with_store(values: dict[str, Any], folder: str) -> dict[str, Any]:
     store = ActivationStore.open(folder)
     made_with = dict(store.provenance.get("recipe", {}))
     if not made_with:
-        raise UnweaveError(f"{folder} was not made by `unweave harvest`: train from it with unweave.fit(store)")
+        raise UnweaveError(
+            f"{folder} was not made by `unweave harvest`, so nothing says with which model and text a run would be "
+            "measured: train from it in Python, with unweave.fit(unweave.ActivationStore.open(folder), folder='run')"
+        )
     made_with["source"] = {
         "side": None,
         **made_with["source"],

@@ -19,8 +19,9 @@ from torch import Tensor
 from unweave.errors import UnweaveError
 from unweave.kernels._jit import array, run
 from unweave.kernels.pattern import Pattern, concatenate
-from unweave.kernels.pursuit import Screening, check, nothing, packed, reference, refuse_not_finite
+from unweave.kernels.pursuit import Screening, check, nonnegative, nothing, packed, reference, refuse_not_finite
 from unweave.kernels.pursuit._matching import pursue
+from unweave.kernels.pursuit._nonnegative import pursue_nonnegatively
 from unweave.kernels.pursuit._orthogonal import pursue_orthogonally
 from unweave.kernels.pursuit._screened import Progress, pursue_screened
 from unweave.kernels.select.cpu import topk
@@ -110,6 +111,27 @@ def orthogonal_matching_pursuit(
     return _encode(x, W, options, method, gram, screening or Screening())
 
 
+@torch.no_grad()
+def nonnegative_pursuit(x: Tensor, W: Tensor, k: int, *, tolerance: float | None = None) -> tuple[Pattern, Tensor]:
+    """As :func:`unweave.kernels.pursuit.nonnegative.nonnegative_pursuit`, in float32, by the Gram matrix if it fits."""
+    x, W = x.detach().contiguous(), W.detach().contiguous()
+    check(x, W, k, tolerance)
+    n, m, width = len(x), len(W), min(k, len(W), x.shape[1])
+    if n * width == 0:
+        return nothing(x, m)
+    if not _gram_pays(n, m, k):
+        return nonnegative.nonnegative_pursuit(x, W, k, tolerance=tolerance)
+    results = torch.zeros(n, width, dtype=torch.int32), torch.zeros(n, width), torch.zeros(n, dtype=torch.long)
+    G, step = array(gram_matrix(W)), min(n, max(64, _ROOM // m))
+    room, least = _room(step, m), np.float32(-1 if tolerance is None else tolerance)
+    for lo in range(0, n, step):
+        part = x[lo : lo + step]
+        C = torch.mm(part, W.T, out=room[: len(part)])
+        out = [array(result[lo : lo + step]) for result in results]
+        run(pursue_nonnegatively, len(part), array(part), array(W), array(C), G, k, least, *out, work=k * k * m / 2)
+    return packed(*results, m)
+
+
 # ---- how it is done -------------------------------------------------------------------------------------------------
 
 
@@ -148,8 +170,7 @@ def _encode(
         if gram.shape != (m, m):
             raise UnweaveError(f"pursuit: expected a Gram matrix ({m}, {m}), found {tuple(gram.shape)}")
     if method is None:
-        fits = 4 * m * m <= _MOST_GRAM_BYTES and m <= n * options.k
-        method = "gram" if gram is not None or fits else "residual"
+        method = "gram" if gram is not None or _gram_pays(n, m, options.k) else "residual"
     elif method not in ("gram", "residual", "screened"):
         raise UnweaveError(f"pursuit: expected method 'gram', 'residual', 'screened' or None, found {method!r}")
     if method == "screened" and (options.until_repeat or options.trail is not None):
@@ -239,6 +260,11 @@ def _by_candidates(x: Tensor, W: Tensor, options: _Options, screening: Screening
             active = (~done).nonzero().squeeze(1)
         screening.n_picks += int(picks.sum())
         screening.n_proven += int(proven.sum())
+
+
+def _gram_pays(n: int, m: int, k: int) -> bool:
+    """Whether a Gram matrix fits, and the batch makes up for working it out."""
+    return 4 * m * m <= _MOST_GRAM_BYTES and m <= n * k
 
 
 def _room(n: int, m: int) -> Tensor:

@@ -9,6 +9,7 @@ from unweave.errors import UnweaveError
 from unweave.kernels._triton import constexpr, jit, launch, power_of_two, tl
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.pursuit import check, noise, nothing, packed
+from unweave.kernels.pursuit.nonnegative import nonnegative_pursuit as nonnegative_pursuit
 from unweave.kernels.pursuit.reference import orthogonal_matching_pursuit as orthogonal_matching_pursuit
 
 _BLOCK = 1024

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.pursuit import check, dependence, noise, nothing, packed
+from unweave.kernels.pursuit.nonnegative import nonnegative_pursuit as nonnegative_pursuit
 
 
 @torch.no_grad()
