@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import unweave
 from unweave.activations import ActivationStore, RowStream
 from unweave.batch import ActivationBatch
 from unweave.dictionaries import Dictionary, Loss, build
@@ -259,3 +260,19 @@ def test_time_based_checkpoints_change_no_number(tmp_path: Path, monkeypatch: py
     b = train(worker.make("jumprelu"), worker.stream(), never)
     for name, value in a.dictionary.state_dict().items():
         assert torch.equal(b.dictionary.state_dict()[name], value)
+
+
+def test_a_setting_that_was_not_there_yet_stood_at_its_default(tmp_path: Path) -> None:
+    rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"arch": "topk", "n_features": 16, "k": 2, "n_rows": 400, "batch_size": 50, "folder": tmp_path}
+    made = unweave.fit(rows, **settings)
+    summary = json.loads((tmp_path / "training.json").read_text())
+    for setting, fits in ((None, True), (not summary["config"].pop("normalise_input"), False)):
+        changed = {} if setting is None else {"normalise_input": setting}
+        record = {**summary, "config": {**summary["config"], **changed}}
+        (tmp_path / "training.json").write_text(json.dumps(record))
+        if fits:
+            assert torch.equal(unweave.fit(rows, **settings).W_enc, made.W_enc)
+        else:
+            with pytest.raises(UnweaveError, match="belongs to another training: normalise_input"):
+                unweave.fit(rows, **settings)

@@ -279,8 +279,16 @@ def finished(folder: Path, dictionary: Dictionary, config: TrainingConfig, ident
 
 
 def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any], where: Path | None, state: str) -> None:
-    """Raise unless both describe the same training; a field a config no longer has counts as different."""
+    """Raise unless both describe the same training.
+
+    A setting that an older unweave did not have yet stands at its default there; one that there no longer is counts as
+    different.
+    """
     harmless = TrainingConfig.HARMLESS
+    fields = TrainingConfig.model_fields.items()
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+    if isinstance(theirs.get("config"), dict):
+        theirs = {**theirs, "config": {**defaults, **theirs["config"]}}
     found = []
     for part in ("config", "dictionary", "data"):
         mine, other = ours[part], theirs.get(part)
