@@ -16,6 +16,7 @@ from unweave.runs.recipe import Recipe
 from unweave.sources import LanguageModel
 from unweave.workflows import Pipeline, harvest_sites
 from unweave.workflows.diffing import diff
+from unweave.workflows.publishing import prepare
 
 SMALL = ["--tokens", "1500", "source.context_size=32", "source.batch_tokens=256"]
 TRAIN = ["--n-features", "96", "--k", "4", "training.batch_size=128", "training.ring_rows=512"]
@@ -125,6 +126,15 @@ def test_logits_are_read_in_the_model_where_the_atom_is_the_longer(run_folder):
         expected = model.unembed(directions[feature : feature + 1, half])[0].topk(10).values
         shown = torch.from_numpy(run.features.columns["positive_logit_value"][feature])
         torch.testing.assert_close(shown, expected)
+
+
+def test_its_card_names_both_models_and_all_that_was_measured(run_folder, tiny_model, tuned_model, tmp_path):
+    text = (prepare(run_folder, tmp_path / "out") / "README.md").read_text()
+    assert f"of `{tiny_model.name}` and `{tuned_model.name}` at `layers.1`" in text
+    assert f"| model b | `{tuned_model.name}` |" in text
+    lines = text.splitlines()
+    assert any(line.startswith("| kl:b ↓ |") and "next-token distribution" in line for line in lines)
+    assert not any("`kl`" in line for line in lines if line.startswith("- Of unweave's own metrics"))
 
 
 def test_a_store_of_both_trains_without_naming_them_again(tiny_model, tuned_model, corpus, tmp_path):
