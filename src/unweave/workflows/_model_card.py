@@ -157,6 +157,8 @@ def _training(known: Known) -> dict[str, Any]:
         "data's fingerprint": data.get("fingerprint") or data.get("sha256_of_first_batch"),
         "context size": source.get("context_size"),
         "BOS prepended": source.get("bos"),
+        "objective": _objective(config),
+        "began with": "the weights of a dictionary trained before" if config.get("continued") else None,
         "rows": config.get("n_rows"),
         "rows in a batch": config.get("batch_size"),
         "steps": known.training.get("steps"),
@@ -172,6 +174,18 @@ def _training(known: Known) -> dict[str, Any]:
     }
     needed = ("data", "rows", "versions")
     return {name: value for name, value in rows.items() if value is not None or name in needed}
+
+
+def _objective(config: Mapping[str, Any]) -> str | None:
+    """What was minimised, of a training through the model; None of one on rows, where the architecture says it."""
+    terms = {
+        "kl": "KL to the model's own predictions",
+        "ce": "cross-entropy of the text",
+        "downstream": "squared error at later sites",
+        "local": "squared error of the reconstruction",
+    }
+    weights = {words: config.get(f"{name}_coefficient") for name, words in terms.items()}
+    return "; ".join(f"{words}, times {weight:g}" for words, weight in weights.items() if weight) or None
 
 
 def _measured(known: Known) -> list[str]:
