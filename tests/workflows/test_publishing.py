@@ -305,7 +305,7 @@ def test_the_way_to_push_what_was_written_is_said_whole(finished: Path, tmp_path
     assert f"unweave push {tmp_path / 'a'} me/sae --folder layers.3/topk --private" in result.output
     assert 'unweave.load("me/sae/layers.3/topk")' in (tmp_path / "a" / "README.md").read_text()
     command = ["push", str(finished), "me/sae", "--folder", "../x", "--out", str(tmp_path / "b")]
-    with pytest.raises(UnweaveError, match="expected owner/name"):
+    with pytest.raises(UnweaveError, match="expected a path or owner/repository"):
         CliRunner().invoke(app, command, catch_exceptions=False)
     assert not (tmp_path / "b").exists()
 

@@ -61,6 +61,8 @@ def verify(
     if store is None:
         if other:
             raise UnweaveError("--other goes with --store; with a model the sites next to its own are tried by itself")
+        if force:
+            raise UnweaveError("--force goes with --store; with a model what is named on the command line counts")
         verdict = verification.verify_in_model(thing, **in_model, say=say, **shared)
     else:
         if given := [name for name, value in in_model.items() if value is not None]:
