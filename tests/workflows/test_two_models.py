@@ -207,6 +207,10 @@ def test_another_second_model_is_not_taken_for_the_first(run_folder, tiny_model,
     recipe.replace(against=recipe.against.replace(name=str(tiny_model))).to_yaml(folder / "recipe.yaml")
     with pytest.raises(UnweaveError, match=r"was trained on .*tiny-tuned.* but .*tiny-llama"):
         unweave.load(folder).encode("the cat sees the river")
+    indexed = command("index", folder, "--again")
+    with pytest.raises(UnweaveError, match=r"trained on model .*tiny-tuned.* indexed with model .*tiny-llama"):
+        raise indexed.exception
+    assert command("index", folder, "--force", "--again").exit_code == 0
     with pytest.raises(UnweaveError, match=r"begun with another recipe: against\.name"):
         Pipeline(Recipe.of_run(run_folder), folder, say=lambda line: None)
 
