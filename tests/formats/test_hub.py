@@ -290,3 +290,10 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
         file.seek(1 << 18)
         with pytest.raises(UnweaveError, match="try again"):
             file.read(4)
+
+
+@pytest.mark.parametrize("name", ["owner/../sae", "owner/sae/../../x", "owner/sae/..", "owner/sae/./topk", "owner/.."])
+def test_a_name_that_leads_out_is_no_hub_id(name: str, golden: Hub) -> None:
+    with pytest.raises(UnweaveError, match="no file or folder at"):
+        formats.inspect(name)
+    assert not golden.requests

@@ -10,6 +10,7 @@ import unweave
 from unweave.errors import UnweaveError
 from unweave.runs.recipe import Recipe
 from unweave.workflows import Pipeline
+from unweave.workflows.publishing import prepare
 
 SMALL = ["--tokens", "1500", "--n-features", "96", "--k", "4", "source.context_size=32", "source.batch_tokens=256"]
 SMALL += ["training.batch_size=128", "model.dtype=float32", "training.log_every=2", "evaluation.n_bootstrap=20"]
@@ -50,6 +51,9 @@ def test_the_whole_way(objective, tiny_model, corpus, tmp_path):
     settings = json.loads((run_folder / "training.json").read_text())["config"]
     assert settings["kl_coefficient"] == (objective == "kl")
     assert settings["ce_coefficient"] == (objective == "ce")
+    text = (prepare(run_folder, tmp_path / "published") / "README.md").read_text()
+    assert ("KL to the model's own predictions, times 1" in text) == (objective == "kl")
+    assert ("cross-entropy of the text, times 1" in text) == (objective == "ce")
     client = TestClient(create_app(unweave.load(run_folder)), base_url="http://127.0.0.1:8765")
     assert f"{objective.upper()}, end to end" in client.get("/").text
     assert client.get("/features").status_code == 200

@@ -297,3 +297,23 @@ def test_the_command_wants_a_place(finished: Path) -> None:
     result = CliRunner().invoke(app, ["push", str(finished)])
     assert result.exit_code == 2
     assert "name a repository" in result.output
+
+
+def test_the_way_to_push_what_was_written_is_said_whole(finished: Path, tmp_path: Path) -> None:
+    command = ["push", str(finished), "me/sae", "--folder", "layers.3/topk", "--private", "--out", str(tmp_path / "a")]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert f"unweave push {tmp_path / 'a'} me/sae --folder layers.3/topk --private" in result.output
+    assert 'unweave.load("me/sae/layers.3/topk")' in (tmp_path / "a" / "README.md").read_text()
+    command = ["push", str(finished), "me/sae", "--folder", "../x", "--out", str(tmp_path / "b")]
+    with pytest.raises(UnweaveError, match="expected a path or owner/repository"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["push", "RUN", "--out", "x"], ["convert", "RUN", "--to", "saelens", "--out", "x"], ["verify", "RUN"]]
+)
+def test_an_option_of_the_verb_is_no_option_of_the_files(command: list[str], finished: Path) -> None:
+    words = [str(finished) if word == "RUN" else word for word in command]
+    with pytest.raises(UnweaveError, match="files have no such option"):
+        CliRunner().invoke(app, [*words, "--option", "thing=1"], catch_exceptions=False)

@@ -15,6 +15,7 @@ from unweave.activations import ActivationStore
 from unweave.codes import SparseCode
 from unweave.dictionaries import build
 from unweave.errors import UnweaveError
+from unweave.features import build_features
 from unweave.formats import stores
 from unweave.runs import Run
 from unweave.workflows.stores import export_latents, import_store
@@ -118,6 +119,17 @@ def test_with_their_dictionary_and_model_they_are_shown_in_full(tiny_model: Path
     assert torch.equal(run.dictionary.decoder_directions(), dictionary.decoder_directions())
 
 
+def test_a_trained_dictionary_is_not_written_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    dictionary = unweave.fit(torch.randn(64, 8), arch="topk", n_features=50, k=2, epochs=1, folder=run)
+    build_features(run / "features", dictionary, unweave.ArraySource(torch.randn(64, 8)).batches())
+    before = (run / "dictionary" / "dictionary.safetensors").read_bytes()
+    build("topk", 8, 50, k=5).save(tmp_path / "dictionary")
+    with pytest.raises(UnweaveError, match="is not empty and holds no run of imported codes"):
+        import_store(LATENTS, run, dictionary=tmp_path / "dictionary", say=silent)
+    assert (run / "dictionary" / "dictionary.safetensors").read_bytes() == before
+
+
 def test_a_dictionary_and_rows_give_latents(tmp_path: Path) -> None:
     import_store(CACHE, tmp_path / "store", say=silent)
     torch.manual_seed(0)
@@ -139,5 +151,10 @@ def test_a_dictionary_and_rows_give_latents(tmp_path: Path) -> None:
     nowhere = unweave.harvest(unweave.ArraySource(torch.randn(40, 8)), tmp_path / "store", n_rows=40)
     with pytest.raises(UnweaveError, match="name of a hookpoint"):
         export_latents(tmp_path / "dictionary", tmp_path / "raw2", store=nowhere.folder)
+    with pytest.raises(UnweaveError, match="name of a hookpoint"):
+        export_latents(tmp_path / "dictionary", tmp_path / "raw2", store=nowhere.folder, hookpoint="..")
+    more = {"store": nowhere.folder, "hookpoint": "a", "context_size": -5}
+    with pytest.raises(UnweaveError, match="at least one token"):
+        export_latents(tmp_path / "dictionary", tmp_path / "raw2", **more)
     with pytest.raises(UnweaveError, match="have no token ids"):
         export_latents(tmp_path / "dictionary", tmp_path / "raw2", store=nowhere.folder, hookpoint="a")

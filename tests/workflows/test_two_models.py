@@ -8,7 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import unweave
+from unweave import formats
 from unweave.activations import ActivationStore
+from unweave.dictionaries._origin import check_origin
 from unweave.dictionaries.crosscoder import relative_norms
 from unweave.errors import UnweaveError
 from unweave.files import read_json
@@ -16,6 +18,7 @@ from unweave.runs.recipe import Recipe
 from unweave.sources import LanguageModel
 from unweave.workflows import Pipeline, harvest_sites
 from unweave.workflows.diffing import diff
+from unweave.workflows.publishing import prepare
 
 SMALL = ["--tokens", "1500", "source.context_size=32", "source.batch_tokens=256"]
 TRAIN = ["--n-features", "96", "--k", "4", "training.batch_size=128", "training.ring_rows=512"]
@@ -52,6 +55,17 @@ def test_the_run_knows_both_models(run_folder, tiny_model, tuned_model):
     assert evaluation["data"]["parts"].keys() == {"a", "b"}
     recipe = Recipe.of_run(run_folder)
     assert recipe.against.dtype == recipe.model.dtype == "bfloat16"
+
+
+def test_its_dictionary_alone_knows_both_models(run_folder, tiny_model, tuned_model):
+    facts = formats.inspect(run_folder / "dictionary")
+    assert facts.models == (str(tiny_model), str(tuned_model))
+    origin = unweave.load(run_folder / "dictionary").trained_on
+    place = {"site": facts.site, "target_site": facts.target_site}
+    names = [tiny_model, tuned_model]
+    check_origin(origin, {**place, "sources": [{"model": {"name": str(name)}} for name in names]}, "used on")
+    with pytest.raises(UnweaveError, match="was trained on model"):
+        check_origin(origin, {**place, "sources": [{"model": {"name": str(name)}} for name in names[::-1]]}, "used on")
 
 
 def test_rows_are_those_of_both_models_side_by_side(run_folder, tiny_model, tuned_model):
@@ -127,6 +141,15 @@ def test_logits_are_read_in_the_model_where_the_atom_is_the_longer(run_folder):
         torch.testing.assert_close(shown, expected)
 
 
+def test_its_card_names_both_models_and_all_that_was_measured(run_folder, tiny_model, tuned_model, tmp_path):
+    text = (prepare(run_folder, tmp_path / "out") / "README.md").read_text()
+    assert f"of `{tiny_model.name}` and `{tuned_model.name}` at `layers.1`" in text
+    assert f"| model b | `{tuned_model.name}` |" in text
+    lines = text.splitlines()
+    assert any(line.startswith("| kl:b ↓ |") and "next-token distribution" in line for line in lines)
+    assert not any("`kl`" in line for line in lines if line.startswith("- Of unweave's own metrics"))
+
+
 def test_a_store_of_both_trains_without_naming_them_again(tiny_model, tuned_model, corpus, tmp_path):
     where = ["--model", tiny_model, "--against", tuned_model, "--site", "layers.1", "--data", corpus]
     done = command("harvest", *where, *SMALL, "--out", tmp_path / "store")
@@ -197,6 +220,10 @@ def test_another_second_model_is_not_taken_for_the_first(run_folder, tiny_model,
     recipe.replace(against=recipe.against.replace(name=str(tiny_model))).to_yaml(folder / "recipe.yaml")
     with pytest.raises(UnweaveError, match=r"was trained on .*tiny-tuned.* but .*tiny-llama"):
         unweave.load(folder).encode("the cat sees the river")
+    indexed = command("index", folder, "--again")
+    with pytest.raises(UnweaveError, match=r"trained on model .*tiny-tuned.* indexed with model .*tiny-llama"):
+        raise indexed.exception
+    assert command("index", folder, "--force", "--again").exit_code == 0
     with pytest.raises(UnweaveError, match=r"begun with another recipe: against\.name"):
         Pipeline(Recipe.of_run(run_folder), folder, say=lambda line: None)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +53,17 @@ def read_recipe(settings: list[str] | None, **options: Any) -> Recipe:
         raise typer.BadParameter(f"expected one recipe file, found {', '.join(files)}")
     overrides = [setting for setting in settings or [] if "=" in setting]
     return Recipe.read(files[0] if files else None, given(**options), overrides)
+
+
+def file_options(pairs: list[str] | None, *calls: Callable[..., Any]) -> dict[str, Any]:
+    """What ``--option name=value`` says of a checkpoint's files, to be passed on by ``calls`` as keywords."""
+    from unweave.config import apply_overrides
+    from unweave.errors import UnweaveError
+
+    options = apply_overrides({}, pairs or [])
+    for name in options.keys() & {name for call in calls for name in signature(call).parameters}:
+        raise UnweaveError(f"--option {name}: files have no such option; --help lists what the verb itself takes")
+    return options
 
 
 def given(**values: Any) -> dict[str, Any]:

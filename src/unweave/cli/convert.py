@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unweave.cli._say import say
+from unweave.cli._say import file_options, say
 
 
 def convert(
@@ -22,9 +22,8 @@ def convert(
     ] = None,
 ) -> None:
     """Write a dictionary as another library's checkpoint, read back to see that it computes the same."""
-    from unweave.config import apply_overrides
     from unweave.workflows.conversion import convert as write
 
     known = {"model": model, "site": site, "target_site": target_site}
-    facts = write(thing, to, out, **known, **apply_overrides({}, option or []))
+    facts = write(thing, to, out, **known, **file_options(option, write))
     say(f"wrote {out}: {facts.architecture}, {facts.d_in} -> {facts.n_features:,} features, as {facts.format}")

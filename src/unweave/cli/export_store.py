@@ -18,8 +18,10 @@ def export_store(
     hookpoint: Annotated[str | None, typer.Option(help="The hookpoint's name; the site when left out.")] = None,
     model: Annotated[str | None, typer.Option(help="The model whose tokenizer delphi is to load.")] = None,
     splits: Annotated[int, typer.Option(help="Files to cut the features into.")] = 5,
-    context: Annotated[int | None, typer.Option(help="Tokens of a context, a multiple of delphi's windows.")] = None,
-    rows: Annotated[str | None, typer.Option(help="Of --store: how many activations to encode.")] = None,
+    context_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a context, a multiple of delphi's windows.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Of --store: how many activations to encode.")] = None,
 ) -> None:
     """Write a run's codes as delphi's latent cache, for its explainers and scorers.
 
@@ -34,7 +36,7 @@ def export_store(
         hookpoint=hookpoint,
         model=model,
         n_splits=splits,
-        context_size=context,
-        n_rows=count(rows) if rows else None,
+        context_size=context_size,
+        n_rows=count(tokens) if tokens else None,
     )
     say(f"wrote {folder}, for {to}'s LatentDataset({str(out)!r}, ...)")

@@ -16,7 +16,7 @@ def import_store(
     option: Annotated[
         list[str] | None, typer.Option(help="What the files do not say, as name=value, such as layer=11. Repeatable.")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="How many activations, such as 2M; all when left out.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="How many activations, such as 2M; all when left out.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="int8 stores rows in half the space, a little less exactly.", metavar="int8")
     ] = None,
@@ -43,7 +43,7 @@ def import_store(
         folder,
         out,
         format=format,
-        n_rows=count(rows) if rows else None,
+        n_rows=count(tokens) if tokens else None,
         dtype=dtype,  # pyright: ignore[reportArgumentType]
         dictionary=dictionary,
         model=model,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unweave.cli._say import say
+from unweave.cli._say import file_options, say
 
 
 def push(
@@ -29,13 +29,18 @@ def push(
 ) -> None:
     """Put a dictionary on the hub, with a model card whose numbers were measured; or only write that folder."""
     from unweave.config import apply_overrides
+    from unweave.formats import check_place
     from unweave.workflows import publishing
 
-    options = {"format": format, "front_matter": apply_overrides({}, meta or []), **apply_overrides({}, option or [])}
-    load_as = "/".join(part for part in (repository or "owner/name", folder) if part)
+    options = file_options(option, publishing.prepare, publishing.push)
+    options |= {"format": format, "front_matter": apply_overrides({}, meta or [])}
+    place = repository or "owner/name"
+    load_as = "/".join(part for part in (place, folder) if part)
     if out is not None:
+        check_place(place, folder)
         publishing.prepare(thing, out, load_as=load_as, **options)
-        say(f"wrote {out}: read its README.md, then push it with: unweave push {out} {repository or 'owner/name'}")
+        rest = (f" --folder {folder}" if folder else "") + (" --private" if private else "")
+        say(f"wrote {out}: read its README.md, then push it with: unweave push {out} {place}{rest}")
     elif repository is None:
         raise typer.BadParameter("name a repository (owner/name) to push to, or a new folder with --out")
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unweave.cli._say import count, say, show
+from unweave.cli._say import count, file_options, say, show
 
 if TYPE_CHECKING:
     from unweave.formats import Verdict
@@ -51,17 +51,18 @@ def verify(
 
     Exits with status 1 on a mismatch.
     """
-    from unweave.config import apply_overrides
     from unweave.errors import UnweaveError
     from unweave.workflows import verification
 
     shared = {"l0": l0, "fvu": fvu, "ce_recovered": ce_recovered, "n_rows": count(tokens)}
-    shared |= apply_overrides({}, option or [])
+    shared |= file_options(option, verification.verify, verification.verify_in_model)
     in_model = {"model": model, "data": data, "site": site, "target_site": target_site}
     in_model |= {"context_size": context_size, "bos": bos, "text_field": text_field}
     if store is None:
         if other:
             raise UnweaveError("--other goes with --store; with a model the sites next to its own are tried by itself")
+        if force:
+            raise UnweaveError("--force goes with --store; with a model what is named on the command line counts")
         verdict = verification.verify_in_model(thing, **in_model, say=say, **shared)
     else:
         if given := [name for name, value in in_model.items() if value is not None]:

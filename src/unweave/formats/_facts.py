@@ -18,6 +18,7 @@ class Facts:
             none. library_class: the library's own name for it.
         dtype: as stored. model: that it was trained on. site, target_site: in unweave's names where they can be told.
         hook: the site in the words of the file. context: what it was trained on besides (data, context size, ...).
+        models: where rows of several models lie side by side, each one's; ``model`` is None then.
         notes: what a user should know. missing: what unweave lacks to load it; None if nothing.
     """
 
@@ -34,13 +35,15 @@ class Facts:
     target_site: str | None = None
     hook: str | None = None
     context: dict[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     missing: str | None = None
 
     @property
     def origin(self) -> dict[str, Any]:
         """What it was trained on, as a dictionary's ``trained_on`` says it."""
-        return {"model": self.model, "site": self.site, "target_site": self.target_site}
+        several = {"sources": [{"model": model} for model in self.models]} if self.models else {}
+        return {"model": self.model, "site": self.site, "target_site": self.target_site, **several}
 
     @property
     def l0(self) -> float | None:
@@ -72,7 +75,8 @@ class Facts:
         shown += [(name, _word(getattr(self, name))) for name in ("d_in", "d_out", "n_features")]
         if self.k is not None:
             shown.append(("k", _word(self.k)))
-        shown += [("dtype", _word(self.dtype)), ("model", _word(self.model)), ("site", _word(self.site))]
+        models = ("models", ", ".join(self.models)) if self.models else ("model", _word(self.model))
+        shown += [("dtype", _word(self.dtype)), models, ("site", _word(self.site))]
         if self.target_site:
             shown.append(("target site", self.target_site))
         if self.hook and self.hook != self.site:

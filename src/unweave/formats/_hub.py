@@ -44,12 +44,13 @@ class HubName(NamedTuple):
 
 def looks_like_hub_id(name: str) -> bool:
     """Whether a name may be one of the hub's (nothing local has it)."""
-    return bool(_ID.fullmatch(name)) and not name.startswith(("/", ".", "~"))
+    leads_out = any(part in (".", "..") for part in name.split("/"))
+    return bool(_ID.fullmatch(name)) and not (leads_out or name.startswith(("/", ".", "~")))
 
 
 def parse(name: str) -> HubName:
     match = _ID.fullmatch(name)
-    if match is None:
+    if match is None or not looks_like_hub_id(name):
         raise UnweaveError(f"expected a path or owner/repository[@revision][/folder], found {name!r}")
     return HubName(match[1], unquote(match[2]) if match[2] else None, match[3].strip("/"))
 
@@ -244,7 +245,13 @@ def _in(revision: str | None) -> str:
 def _lay_out(root: Path, where: HubName, names: list[str]) -> None:
     """Empty files of the names below what was asked for, and beside it; without those that lead out of the folder."""
     above = where.inside.rpartition("/")[0]
-    wanted = [name for name in names if (not above or name.startswith(f"{above}/")) and is_safe_name(name)]
+    inside = where.inside if above else f"{where.inside}/"  # what lies beside a top-level folder is others'
+    wanted = [
+        name
+        for name in names
+        if is_safe_name(name)
+        and (name.startswith(f"{above}/") if above else "/" not in name or not where.inside or name.startswith(inside))
+    ]
     if len(wanted) > _MAX_FILES:
         raise UnweaveError(
             f"{where.repository}/{above} holds {len(wanted):,} files, expected at most {_MAX_FILES:,}: name a folder "
@@ -264,7 +271,7 @@ def _lay_out(root: Path, where: HubName, names: list[str]) -> None:
 def check_place(repository: str, folder: str = "") -> None:
     """Refuse what is no ``owner/name``, or no folder in it."""
     where = parse(f"{repository}/{folder}".rstrip("/"))
-    if where.repository != repository or ".." in folder.split("/"):
+    if where.repository != repository:
         raise UnweaveError(f"expected owner/name and a folder such as layers.12/topk, found {repository!r}, {folder!r}")
 
 

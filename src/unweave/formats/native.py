@@ -46,6 +46,7 @@ class Native(Format):
             k=config.get("k", float),
             dtype=next((info.dtype for info in tensors.info.values() if len(info.shape) == 2), None),
             model=_at(trained, "data", "model", "name"),
+            models=tuple(str(_at(one, "model", "name")) for one in _sources(trained)),
             site=site,
             target_site=target if target != site else None,
             context=shown | how,
@@ -66,6 +67,13 @@ def _training(checkpoint: Checkpoint, config: Settings) -> dict[str, Any]:
         if isinstance(of, dict) and of and all(config.get(name, object) == value for name, value in of.items()):
             return found
     return {}
+
+
+def _sources(trained: dict[str, Any]) -> list[Any]:
+    """Of rows of several models, what is known of each one's."""
+    data = trained.get("data")
+    found = data.get("sources") if isinstance(data, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _at(values: Any, *names: str) -> Any:

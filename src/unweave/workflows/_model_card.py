@@ -12,7 +12,7 @@ import yaml
 
 from unweave import __version__
 from unweave.errors import UnweaveError
-from unweave.evaluation import Evaluation
+from unweave.evaluation import Evaluation, registry
 from unweave.evaluation.registry import METRICS
 from unweave.formats import Facts, Verdict
 from unweave.sources.documents import kind_of
@@ -48,11 +48,24 @@ class Known:
         """Where the rows it was trained on came from."""
         return self.training.get("data") or self.provenance.get("source") or {}
 
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """What is known of the model, or of each of several whose rows stand side by side."""
+        each = [one.get("model") for one in self.source.get("sources") or [self.source]]
+        return [dict(model) if isinstance(model, Mapping) else {} for model in each]
+
+    @property
+    def names(self) -> list[str]:
+        """What the models are called; nothing where that is not known."""
+        if len(self.models) > 1 and all(model.get("name") for model in self.models):
+            return list(dict.fromkeys(str(model["name"]) for model in self.models))
+        return [self.facts.model] if self.facts.model else []
+
 
 def model_card(known: Known) -> str:
     """Markdown with YAML front matter, as the hub reads it."""
     facts = known.facts
-    of = f" of `{facts.model}`" if facts.model else ""
+    of = f" of {' and '.join(f'`{name}`' for name in known.names)}" if known.names else ""
     at = f" at `{facts.site}`" if facts.site else ""
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(known), sort_keys=False, allow_unicode=True)}---",
@@ -95,9 +108,9 @@ def _front_matter(known: Known) -> dict[str, Any]:
         tags.append(facts.format)
     values: dict[str, Any] = {"library_name": "unweave", "tags": tags}
     # A folder or a file has a hash; only what came from a hub is named as there.
-    model = source.get("model") or {}
-    if facts.model and _HUB_NAME.fullmatch(facts.model) and "sha256" not in model:
-        values["base_model"] = facts.model
+    hashed = any("sha256" in model for model in known.models)
+    if known.names and not hashed and all(_HUB_NAME.fullmatch(name) for name in known.names):
+        values["base_model"] = known.names[0] if len(known.names) == 1 else known.names
     if sets := _data_sets(str((source.get("data") or {}).get("spec", ""))):
         values["datasets"] = sets
     return {**values, **known.extra}
@@ -111,13 +124,15 @@ def _data_sets(spec: str) -> list[str]:
 
 
 def _identity(known: Known) -> dict[str, Any]:
-    facts, model = known.facts, known.source.get("model") or {}
+    facts = known.facts
     options = {k: v for k, v in known.config.items() if k not in ("d_in", "d_out", "n_features", "k") and v is not None}
-    rows = {
-        "model": facts.model,
-        "model's revision": model.get("revision"),
-        "model's sha256": model.get("sha256"),
-        "model's dtype": model.get("dtype"),
+    several = len(known.names) > 1
+    rows: dict[str, Any] = {}
+    for letter, model in zip("abcdefgh" if several else "-", known.models):
+        called = f"model {letter}" if several else "model"
+        rows[called] = model.get("name") if several else facts.model
+        rows |= {f"{called}'s {key}": model.get(key) for key in ("revision", "sha256", "dtype")}
+    rows |= {
         "site": facts.site or facts.hook,
         "target site": facts.target_site,
         "architecture": facts.architecture,
@@ -142,6 +157,8 @@ def _training(known: Known) -> dict[str, Any]:
         "data's fingerprint": data.get("fingerprint") or data.get("sha256_of_first_batch"),
         "context size": source.get("context_size"),
         "BOS prepended": source.get("bos"),
+        "objective": _objective(config),
+        "began with": "the weights of a dictionary trained before" if config.get("continued") else None,
         "rows": config.get("n_rows"),
         "rows in a batch": config.get("batch_size"),
         "steps": known.training.get("steps"),
@@ -159,6 +176,18 @@ def _training(known: Known) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value is not None or name in needed}
 
 
+def _objective(config: Mapping[str, Any]) -> str | None:
+    """What was minimised, of a training through the model; None of one on rows, where the architecture says it."""
+    terms = {
+        "kl": "KL to the model's own predictions",
+        "ce": "cross-entropy of the text",
+        "downstream": "squared error at later sites",
+        "local": "squared error of the reconstruction",
+    }
+    weights = {words: config.get(f"{name}_coefficient") for name, words in terms.items()}
+    return "; ".join(f"{words}, times {weight:g}" for words, weight in weights.items() if weight) or None
+
+
 def _measured(known: Known) -> list[str]:
     evaluation, verdict = known.evaluation, known.verdict
     made = []
@@ -170,7 +199,7 @@ def _measured(known: Known) -> list[str]:
                 value.shown,
                 value.interval,
                 *(other[name].shown if name in other else "" for other in rivals.values()),
-                METRICS[name].meaning if name in METRICS else "",
+                metric.meaning if (metric := registry.of(name)) else "",
             )
             for name, value in evaluation.metrics.items()
         ]
@@ -188,7 +217,8 @@ def _limits(known: Known) -> list[str]:
     evaluation = known.evaluation
     lines = []
     if evaluation is not None:
-        missing = [name for name in METRICS if name not in evaluation.metrics]
+        measured = {name.partition(":")[0] for name in evaluation.metrics}  # also of a part of the rows
+        missing = [name for name in METRICS if name not in measured]
         undefined = [name for name, value in evaluation.metrics.items() if value.shown == "-"]
         if missing or undefined:
             names = ", ".join(f"`{name}`" for name in (*missing, *undefined))
@@ -218,7 +248,8 @@ def _data_of(source: Any) -> dict[str, Any]:
 
 
 def _marked(name: str) -> str:
-    arrow = {"low": " ↓", "high": " ↑"}.get(METRICS[name].better, "") if name in METRICS else ""
+    metric = registry.of(name)
+    arrow = {"low": " ↓", "high": " ↑"}.get(metric.better, "") if metric else ""
     return f"{name}{arrow}"
 
 

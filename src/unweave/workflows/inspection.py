@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from unweave import formats
 from unweave.errors import UnweaveError
@@ -12,8 +13,11 @@ from unweave.formats import stores
 Rows = list[tuple[str, str]]
 
 
-def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
+def card(thing: str | Path, verify: bool = False, **options: Any) -> tuple[str, Rows]:
     """A title and rows of name and value for a run, dictionary, store (also another library's), model or checkpoint.
+
+    Args:
+        options: of another library's files, what they do not say.
 
     Raises:
         UnweaveError: when it is none of these, or ``verify`` finds damage.
@@ -21,25 +25,25 @@ def card(thing: str | Path, verify: bool = False) -> tuple[str, Rows]:
     if not isinstance(thing, Path):
         within = any(p.is_file() for p in Path(thing).parents)  # an archive
         if within or thing.count("/") > 1 or "@" in thing or formats.catalogue.find(thing) is not None:
-            return _checkpoint(thing)
-        return _repository(thing) if "/" in thing else _model(thing)
+            return _checkpoint(thing, **options)
+        return _repository(thing, **options) if "/" in thing else _model(thing)
     if thing.is_file() and formats.holds_weights(thing):
-        return _checkpoint(thing)
+        return _checkpoint(thing, **options)
     kind = _format(thing)
     if any((thing / name).is_file() for name in ("dictionary/config.json", "features/manifest.json")):
         return _run(thing)
     if formats.recognised(thing):
-        return _checkpoint(thing)
+        return _checkpoint(thing, **options)
     if kind.startswith("unweave.activations"):
         return _activations(thing, verify)
     if kind.startswith("unweave.features"):
         return _features(thing)
     if stores.recognised(thing):
-        return f"store {thing}", stores.open_store(thing).facts()
+        return f"store {thing}", stores.open_store(thing, **options).facts()
     if (thing / "config.json").is_file() or thing.suffix == ".gguf" or any(thing.glob("*.gguf")):
         return _model(str(thing))
     if formats.holds_weights(thing):
-        return _checkpoint(thing)  # says why it is none
+        return _checkpoint(thing, **options)  # says why it is none
     raise UnweaveError(f"{thing} is neither a run, a dictionary, a store nor a model folder")
 
 
@@ -76,14 +80,14 @@ def _run(folder: Path) -> tuple[str, Rows]:
     return f"run {folder}", rows
 
 
-def _checkpoint(thing: str | Path) -> tuple[str, Rows]:
-    return f"checkpoint {thing}", formats.inspect(thing).rows()
+def _checkpoint(thing: str | Path, **options: Any) -> tuple[str, Rows]:
+    return f"checkpoint {thing}", formats.inspect(thing, **options).rows()
 
 
-def _repository(name: str) -> tuple[str, Rows]:
+def _repository(name: str, **options: Any) -> tuple[str, Rows]:
     """What ``owner/name`` on the hub holds: a dictionary, known by its headers, or else a model."""
     try:
-        return _checkpoint(name)
+        return _checkpoint(name, **options)
     except UnweaveError as no_checkpoint:
         try:
             return _model(name)

@@ -250,12 +250,17 @@ class Pipeline:
 
     def index(self, settings: IndexRecipe | None = None, again: bool = False, force: bool = False) -> FeatureStore:
         """The feature store of the run, built if there is none or ``again``; ``force`` as for ``build_features``."""
+        from unweave.dictionaries._origin import check_origin
         from unweave.features import FeatureStore, IndexConfig, build_features
 
         folder = self.folder / "features"
         if (folder / "manifest.json").is_file() and not again:
             return FeatureStore.open(folder)
         settings = settings or self.recipe.index or IndexRecipe()
+        if not force:  # stored rows are of the right model; tokens and logits come from the one that is opened now
+            used = [{"model": one.provenance} for one in (self.model, self.against) if one is not None]
+            place = used[0] if len(used) == 1 else {"sources": used}
+            check_origin(self.dictionary.trained_on, place, "indexed with")
         origin, rows = self.origin, self.origin
         if self.store is None and self.recipe.source.side:  # gradients would be made for nothing
             rows = self._source(with_side=False)

@@ -74,7 +74,8 @@ def import_store(
 
 
 def _import_latents(source: Latents, out: Path, dictionary: str | Path | None, model: str | None, say: Say) -> Run:
-    made_here = (out / "features").exists() and not (out / "recipe.yaml").exists()
+    trained = any((out / name).exists() for name in ("recipe.yaml", "training.json"))
+    made_here = (out / "features").exists() and not trained
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not made_here):
         raise UnweaveError(f"{out} is not empty and holds no run of imported codes: choose a new folder")
     opened = None if dictionary is None else _dictionary(dictionary)
@@ -161,7 +162,7 @@ def export_latents(
         n_rows = min(n_rows or rows.n_rows, rows.n_rows)
         coded, provenance, n_features = _encoded(dictionary, rows, n_rows), rows.provenance, dictionary.n_features
     name = hookpoint or provenance.get("hookpoint") or provenance.get("site")
-    if not name or Path(name).name != name:
+    if not name or name == ".." or Path(name).name != name:
         raise UnweaveError(f"expected the name of a hookpoint, such as layers.12, found {name!r}: give one")
     of = provenance.get("model")
     return stores.write_latents(

@@ -246,6 +246,8 @@ def write_latents(
             disk.
     """
     folder = Path(folder)
+    if context_size is not None and context_size < 1:
+        raise UnweaveError(f"expected contexts of at least one token, found context_size {context_size}")
     if not 1 <= n_splits <= n_features:
         raise UnweaveError(f"expected 1 to {n_features:,} splits, one for each feature at most, found {n_splits}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
