@@ -84,7 +84,7 @@ NOTES: dict[str, str] = {
         "further behind a linear decoder than in the paper (MSE 0.55 against 0.52); the runs are short, and no more is "
         "known of why. What the paper gains is in probing, which this table does not measure.",
     ),
-    "p_anneal": "behind ReLU on all three, where the paper has it ahead; the runs are short, and no more is known of why.",
+    "p_anneal": "behind ReLU on all three, where the paper has it ahead; runs are short, and no more is known of why.",
     "jumprelu": "in so short a run it does not end at the L0 it is asked for: its target was searched.",
 }
 COLUMNS = {"fvu": 3, "l0": 1, "dead": 3, "ce_recovered": 3, "mmcs": 3, "mcc": 3, "recall": 3, "uniqueness": 3}
