@@ -75,7 +75,7 @@ def test_g_an_induction_feature_reads_behind_the_earlier_occurrence():
         options = {"n_features": 128, "k": 8, "n_rows": 300_000, "batch_size": 512, "device": "cpu"}
         dictionary = unweave.fit(rows, **options)
         # An induction feature: four in five of its fifty strongest firings are in copies (three in ten of all rows).
-        best = dictionary.encode(rows).dense().topk(50, dim=0)
+        best = dictionary.encode(rows).dense().detach().topk(50, dim=0)
         in_copies = copied.flatten()[best.indices].float().mean(0)
         induction = set(((best.values[-1] > 0) & (in_copies >= 0.8)).nonzero().flatten().tolist())
         assert induction
