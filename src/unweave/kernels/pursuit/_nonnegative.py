@@ -34,7 +34,7 @@ def _first_to_zero(now, goal, n):
 
 
 @inline
-def _span(found, n, G, inner, L, y, z, cross):
+def _span(found, now, n, G, inner, L, y, z, cross):
     """The Cholesky factor of ``found[:n]`` anew, and ``y``. Returns how many there are, which is n but for rounding."""
     size = 0
     for e in range(n):
@@ -42,7 +42,7 @@ def _span(found, n, G, inner, L, y, z, cross):
         for i in range(size):
             cross[i] = G[found[i], j]
         if add_to_span(L, y, z, cross, size, G[j, j], inner[j]):
-            found[size] = j
+            found[size], now[size] = j, now[e]
             size += 1
     return size
 
@@ -63,7 +63,7 @@ def _nonnegative(found, n, G, inner, L, y, z, now, cross):
             now[e] = max(0.0, now[e] + share * (z[e] - now[e]))
         for e in range(out, n - 1):
             found[e], now[e] = found[e + 1], now[e + 1]
-        n = _span(found, n - 1, G, inner, L, y, z, cross)
+        n = _span(found, now, n - 1, G, inner, L, y, z, cross)
         solve(L, y, z, n)
     now[:n] = z[:n]
     return n
