@@ -168,6 +168,24 @@ def test_nonnegative_codes_are_those_of_scipy():
     assert float(rough / (x - ours).square().sum()) < 1 + 1e-3
 
 
+@pytest.mark.parametrize("m", [9, 30])  # fewer atoms than twice the dimensions, and more
+def test_codes_with_k_are_solved_again_on_their_own_support(m):
+    from scipy.optimize import nnls
+
+    g = torch.Generator().manual_seed(0)
+    x, atoms = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (20, m))
+    dense, codes = nonnegative_codes(x, atoms, 2000), nonnegative_codes(x, atoms, 2000, k=3)
+    for row, whole, code in zip(x, dense, codes):
+        kept = whole.topk(3).indices
+        best, error = nnls(atoms[kept].numpy().T, row.numpy())
+        np.testing.assert_allclose(code[kept].numpy(), best, atol=1e-6)
+        assert set(code.nonzero()[:, 0].tolist()) <= set(kept.tolist())
+        assert float((row - code @ atoms).norm()) == pytest.approx(error, rel=1e-6, abs=1e-8)
+    shares = simplex_codes(x, atoms, 2000, k=3)
+    assert int((shares > 0).sum(1).max()) <= 3
+    torch.testing.assert_close(shares.sum(1), torch.ones(20, dtype=torch.float64))
+
+
 def test_simplex_codes_are_the_nearest_points_of_a_hull():
     g = torch.Generator().manual_seed(0)
     z = torch.randn(30, 5, generator=g, dtype=torch.float64)

@@ -6,11 +6,12 @@ No stopping rule looks at other rows, so a row's code does not depend on its bat
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_GATHERED = 2**24  # numbers of atoms that are gathered at a time
 
 
 def nonnegative_codes(x: Tensor, atoms: Tensor, steps: int, k: int | None = None) -> Tensor:
@@ -41,33 +42,59 @@ def onto_simplex(z: Tensor) -> Tensor:
 
 def curvature(atoms: Tensor) -> float:
     """The largest eigenvalue of the atoms' Gram matrix."""
-    return float(torch.linalg.matrix_norm(atoms.detach().double(), 2).square()) if atoms.numel() else 0.0
+    if not atoms.numel():
+        return 0.0
+    atoms = atoms.detach().double()
+    smaller = atoms @ atoms.T if len(atoms) < atoms.shape[1] else atoms.T @ atoms  # the same eigenvalues, but for 0
+    return float(torch.linalg.eigvalsh(smaller)[-1])
 
 
 def _descend(
     x: Tensor, atoms: Tensor, steps: int, project: Callable[[Tensor], Tensor], z: Tensor, k: int | None
 ) -> Tensor:
-    gram, inner = atoms @ atoms.T, x @ atoms.T
-    rate = 1 / max(curvature(atoms), 1e-30)
-    z = _fista(gram, inner, rate, steps, project, z)
-    if k is None or k >= len(atoms):
+    m, d = atoms.shape
+    inner, rate = x @ atoms.T, 1 / max(curvature(atoms), 1e-30)
+    gram = atoms @ atoms.T if m <= 2 * d else None  # with more atoms, going by way of the rows is less work
+
+    def pulled(z: Tensor) -> Tensor:
+        return z @ gram if gram is not None else z @ atoms @ atoms.T
+
+    z = _fista(pulled, inner, rate, steps, project, z)
+    if k is None or k >= m:
         return z
-    left_out = torch.ones_like(z, dtype=torch.bool).scatter_(1, z.topk(k, dim=1).indices, False)
-    inside = partial(_project_inside, project, left_out)
-    return _fista(gram, inner, rate, steps, inside, inside(z))
+    chosen, rows = z.topk(k, dim=1).indices, max(1, _GATHERED // (k * d))
+    parts = [
+        _on_support(atoms[at], inner.gather(1, at), steps, project, z.gather(1, at))
+        for inner, z, at in zip(inner.split(rows), z.split(rows), chosen.split(rows))
+    ]
+    return torch.zeros_like(z).scatter_(1, chosen, torch.cat(parts)) if parts else z
 
 
-def _project_inside(project: Callable[[Tensor], Tensor], left_out: Tensor, z: Tensor) -> Tensor:
-    return project(z.masked_fill(left_out, -torch.inf))
+def _on_support(
+    atoms: Tensor, inner: Tensor, steps: int, project: Callable[[Tensor], Tensor], start: Tensor
+) -> Tensor:
+    """Codes ``(n, k)`` for ``(n, k, d)`` atoms, a few for each row."""
+    gram = atoms @ atoms.mT
+    # No eigenvalue is above the largest sum of a Gram matrix's row, so each row may take steps of its own length.
+    rate = 1 / gram.abs().sum(2).amax(1, keepdim=True).clamp_min(1e-30)
+    return _fista(lambda z: (z[:, None] @ gram)[:, 0], inner, rate, steps, project, project(start))
 
 
 def _fista(
-    gram: Tensor, inner: Tensor, rate: float, steps: int, project: Callable[[Tensor], Tensor], z: Tensor
+    pulled: Callable[[Tensor], Tensor],
+    inner: Tensor,
+    rate: float | Tensor,
+    steps: int,
+    project: Callable[[Tensor], Tensor],
+    z: Tensor,
 ) -> Tensor:
-    """FISTA (Beck, Teboulle 2009); a row whose momentum points uphill begins anew (O'Donoghue, Candes 2015)."""
+    """FISTA (Beck, Teboulle 2009); a row whose momentum points uphill begins anew (O'Donoghue, Candes 2015).
+
+    ``pulled(z)`` is z times the Gram matrix.
+    """
     ahead, momentum = z, z.new_ones(len(z), 1)
     for _ in range(steps):
-        moved = project(ahead - rate * (ahead @ gram - inner))
+        moved = project(ahead - rate * (pulled(ahead) - inner))
         uphill = ((ahead - moved) * (moved - z)).sum(1, keepdim=True) > 0
         faster = torch.where(uphill, 1.0, (1 + (1 + 4 * momentum.square()).sqrt()) / 2)
         ahead = moved + torch.where(uphill, 0.0, (momentum - 1) / faster) * (moved - z)
