@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import unweave
-from unweave.dictionaries import TrainingBatch, build
+from unweave.dictionaries import Dictionary, TrainingBatch, build
+from unweave.dictionaries._linear import LinearDictionary
 from unweave.interventions import reconstruct
 from unweave.metrics import fvu
 
@@ -136,8 +137,45 @@ def test_thresholds_beside_a_skip_are_jumprelu_on_what_the_skip_leaves() -> None
     torch.testing.assert_close(found["W_skip"], -2 * x.T @ residual / len(x))
 
 
-# FVU over seeds 0-4: least squares 0.52 to 0.64, jumprelu 0.137 to 0.182, with a skip 0.116 to 0.154, at an L0 of 3.3
-# to 3.9: the map has 3.8 units on a row, so that of the 8 asked for no more can be used.
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "abs_topk", "group_max", "gated", "jumprelu"])
+def test_a_map_begins_with_its_atoms_turned_to_the_target(arch: str) -> None:
+    """FVU before the first step 0.57 to 0.69, where atoms tied to the encoder give 9.7 to 200; and codes of the same
+    features, with the same values up to one factor."""
+    x, y = maps(0)
+    y = y / y.square().sum(1).mean().sqrt()  # as the trainer has it
+    dictionary = build(arch, 8, 64, subtract_bias=False, **sparsity(arch))
+    dictionary.initialise(x, y)
+    assert fvu(y, dictionary(x)) > 5
+    before = dictionary.encode(x - x.mean(0)).nonzero()
+    dictionary.initialise_map(x, y)
+    assert fvu(y, dictionary(x)) < 0.8
+    torch.testing.assert_close(dictionary.decoder_directions().norm(dim=1), torch.ones(64))
+    after = dictionary.encode(x).nonzero()
+    if arch in ("topk", "abs_topk", "group_max"):  # the others have thresholds, which were measured anew
+        assert torch.equal(after.indices, before.indices)
+        factors = after.values / before.values
+        torch.testing.assert_close(factors, factors[:1].expand_as(factors), rtol=1e-3, atol=0)
+
+
+# FVU after 300 steps over seeds 0-4, without and with that: topk 0.115 to 0.155 and 0.083 to 0.109; batch_topk 0.102 to
+# 0.112 and 0.048 to 0.063; jumprelu 0.226 to 0.314 and 0.034 to 0.045 (L0 1.4 to 1.6, and 5.2 to 6.0 of 4 asked for).
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "jumprelu", "group_max_skip_transcoder"])
+def test_a_map_is_learnt_better_from_there(arch: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = maps(seed)
+    settings = {"n_features": 64, "n_rows": 300 * 256, "batch_size": 256, "lr": 5e-3, "seed": seed}
+    options = {"subtract_bias": False, **sparsity(arch)}
+    ours = fvu(y, unweave.fit(x, arch, target=y, **settings, **options)(x))
+    monkeypatch.setattr(LinearDictionary, "initialise_map", Dictionary.initialise_map)
+    assert ours < 0.85 * fvu(y, unweave.fit(x, arch, target=y, **settings, **options)(x))
+
+
+def sparsity(arch: str) -> dict[str, float]:
+    return {"jumprelu": {"target_l0": 4.0}, "gated": {}}.get(arch, {"k": 4})
+
+
+# FVU over seeds 0-2: least squares 0.58 to 0.64, jumprelu 0.030 to 0.037, with a skip 0.022 to 0.029, at an L0 of 8.4
+# to 10.0.
 @pytest.mark.parametrize("seed", SEEDS)
 def test_jumprelu_with_a_skip_fits_the_planted_map(seed: int) -> None:
     x, y = maps(seed)
@@ -147,8 +185,8 @@ def test_jumprelu_with_a_skip_fits_the_planted_map(seed: int) -> None:
         found = unweave.fit(x, arch, target=y, n_rows=300 * 256, batch_size=256, lr=5e-3, seed=seed, **options)
         with torch.no_grad():
             errors.append(fvu(y, found(x)))
-            assert 2.5 < float(found.encode(x).l0().float().mean()) < 5
-    assert errors[1] < 0.5 * fvu(y, least_squares(x, y))
+            assert 7 < float(found.encode(x).l0().float().mean()) < 11
+    assert errors[1] < 0.1 * fvu(y, least_squares(x, y))
     assert errors[1] < errors[0]
 
 

@@ -168,6 +168,9 @@ class Dictionary(nn.Module):
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         """Set what depends on data (biases, thresholds) from ``(n, d)`` sample rows, before the first step."""
 
+    def initialise_map(self, sample: Tensor, target: Tensor) -> None:
+        """After ``initialise``, where the target is another than the input: make a map the starting point."""
+
     def initialise_side(self, side: Tensor) -> None:
         """After ``initialise``, where there are side inputs: set what depends on the ``(n, d_side)`` of the sample."""
 

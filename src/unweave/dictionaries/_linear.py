@@ -133,6 +133,31 @@ class LinearDictionary(Dictionary):
         self.b_dec.copy_(geometric_median(target.float()))
 
     @torch.no_grad()
+    def initialise_map(self, sample: Tensor, target: Tensor) -> None:
+        """Point each atom at what the target does where its feature fires; our choice.
+
+        An encoder and atoms that are tied, or random, write the wrong thing: the error then starts at several times
+        the variance, and the steps that bring it down silence features, which a penalty on L0 does not wake again.
+        """
+        if not self.unit_norm:
+            return  # free norms grow from what little they start with, and turned atoms gained nothing there
+        self.read_from_mean(sample)
+        b_dec = target.mean(0)
+        code, wanted = self.encode(sample), target - b_dec
+        sums = torch.zeros_like(self.W_dec)
+        sums.index_add_(0, code.indices.long(), code.values[:, None] * wanted[code.rows])
+        self.W_dec.copy_(F.normalize(torch.where(sums.norm(dim=1, keepdim=True) > 0, sums, self.W_dec), dim=1))
+        written = self.decode(code) - self.b_dec
+        gain = float((written * wanted).sum() / written.square().sum().clamp_min(1e-12))
+        if gain > 0:
+            self.fold_scale(1.0, 1 / gain)
+        self.b_dec.copy_(b_dec)
+
+    def read_from_mean(self, sample: Tensor) -> None:
+        """Let pre-activations be those of rows less their mean, as subtracting the decoder's bias does for others."""
+        self.b_enc.copy_(-self.centre(sample).mean(0) @ self.W_enc.T)
+
+    @torch.no_grad()
     def before_step(self) -> None:
         if self.unit_norm:
             remove_parallel_gradient(self.W_dec)

@@ -96,6 +96,10 @@ class Gated(Annealed):
             b_enc=-sum_by_feature(pattern, through),  # the magnitude does not see the gate's bias
         )
 
+    def read_from_mean(self, sample: Tensor) -> None:
+        super().read_from_mean(sample)
+        self.b_mag.copy_(self.b_enc)
+
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         super().fold_scale(scale, out_scale)

@@ -197,6 +197,13 @@ class JumpReLU(LinearDictionary):
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         super().initialise(sample, target)
+        self._start_thresholds(sample)
+
+    def read_from_mean(self, sample: Tensor) -> None:
+        super().read_from_mean(sample)
+        self._start_thresholds(sample)
+
+    def _start_thresholds(self, sample: Tensor) -> None:
         if self.config.initial_threshold is None:
             scores = F.linear(self.centre(sample[:1024]), self.W_enc, self.b_enc)
             n = min(int(2 * self.config.target_l0 * len(scores)), scores.numel() - 1)

@@ -79,6 +79,10 @@ class Standardised(LinearDictionary):
         super().initialise(sample, self.standardise(target)[0])
 
     @torch.no_grad()
+    def initialise_map(self, sample: Tensor, target: Tensor) -> None:
+        pass  # its rows are written back with their own mean and deviation, so its atoms live where it reads
+
+    @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         # What is standardised has no scale: only the epsilon, which is added to a deviation, goes with it.
         self.epsilon.div_(scale)

@@ -88,6 +88,9 @@ class TopAFA(LinearDictionary):
         terms = {"mse": mse.detach(), "auxk": auxk.detach(), "afa": afa.detach()}
         return Loss(total, terms, code.detach(), reconstruction.detach())
 
+    def initialise_map(self, sample: Tensor, target: Tensor) -> None:
+        pass  # how many features it takes hangs on the lengths it starts with: turned atoms left it with one a row
+
     @torch.no_grad()
     def fold_scale(self, scale: float, out_scale: float | None = None) -> None:
         super().fold_scale(scale, out_scale)

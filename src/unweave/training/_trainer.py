@@ -91,6 +91,8 @@ class Trainer:
         x = x * self.scale
         target = x if same else target * (self.target_scale or 1.0)
         self.dictionary.initialise(x, target)
+        if not same:
+            self.dictionary.initialise_map(x, target)
         if sample.side is not None:
             self.dictionary.initialise_side(sample.side.to(self.device).float())
 

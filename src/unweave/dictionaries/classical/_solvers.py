@@ -70,9 +70,7 @@ def _descend(
     return torch.zeros_like(z).scatter_(1, chosen, torch.cat(parts)) if parts else z
 
 
-def _on_support(
-    atoms: Tensor, inner: Tensor, steps: int, project: Callable[[Tensor], Tensor], start: Tensor
-) -> Tensor:
+def _on_support(atoms: Tensor, inner: Tensor, steps: int, project: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """Codes ``(n, k)`` for ``(n, k, d)`` atoms, a few for each row."""
     gram = atoms @ atoms.mT
     # No eigenvalue is above the largest sum of a Gram matrix's row, so each row may take steps of its own length.
