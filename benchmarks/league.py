@@ -56,7 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # With 2,304 features these take hours on two cores as they are; so they learn from fewer rows, or in fewer rounds.
 LIGHTER: dict[str, dict[str, dict[str, Any]]] = {
     "smollm2": {
-        "archetypal": {"reservoir": 2048},
+        "archetypal": {"reservoir": 2048, "max_iter": 10, "encode_steps": 50},
         "nmf": {"reservoir": 2048, "max_iter": 10},
         "sklearn_dictionary": {"reservoir": 2048, "max_iter": 1},
     }

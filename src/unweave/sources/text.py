@@ -33,7 +33,7 @@ class TextSource(Source):
     norm exceeds ``max_norm_ratio`` times the median norm in the first batch. The items of a batch keep all tokens.
 
     A composite site (``layers.6+layers.12``, ``layers.2..6``, ``layers.*.mlp``) gives the rows of its parts, from one
-    forward pass, concatenated in the order written. Which rows are left out its first part decides for all.
+    forward pass, concatenated in the order written; a token whose norm is abnormal in one of them gives no row.
 
     With ``side="gradient"`` each row brings the gradient of the model's next-token cross-entropy, summed over all
     tokens of its context but the first, by the activation that the dictionary reconstructs: the one at ``target_site``
@@ -257,8 +257,8 @@ class TextSource(Source):
 
     @property
     def measured(self) -> list[Site]:
-        """The sites by whose norms rows are left out: the first part of the site, and of the target's if another."""
-        return [site.parts[0] for site in ([self.site] if self._tied else [self.site, self.target_site])]
+        """The sites by whose norms rows are left out: every part, for a token may be huge in one layer alone."""
+        return self.sites
 
     @property
     def gradient_sites(self) -> list[Site]:
