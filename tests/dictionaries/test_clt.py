@@ -11,6 +11,8 @@ from torch import Tensor
 
 import unweave
 from unweave.dictionaries import TrainingBatch, build
+from unweave.dictionaries._parts import Parts
+from unweave.dictionaries.clt import CrossLayerTranscoder
 from unweave.metrics import fvu
 
 ACTIVATIONS: list[dict[str, Any]] = [
@@ -191,3 +193,41 @@ def test_a_skip_is_each_layer_s_own_map_and_no_part_of_decode(options: dict[str,
         before = skip(x)
         skip.complete()
         torch.testing.assert_close(skip(x), before)
+
+
+def chained(seed: int) -> tuple[Tensor, Tensor]:
+    """Three layers of 8: units of each are read from its own part, and write to it and to all later ones."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(4000, 24, generator=g)
+    y = torch.zeros(4000, 24)
+    for layer in range(3):
+        read, write = torch.randn(8, 16, generator=g) / 8**0.5, torch.randn(16, 24 - 8 * layer, generator=g)
+        y[:, 8 * layer :] += (x[:, 8 * layer : 8 * layer + 8] @ read - 1).relu() @ write
+    return x, y + 0.5
+
+
+@each
+def test_it_begins_with_its_atoms_turned_to_what_is_wanted(options: dict[str, Any]) -> None:
+    """FVU before the first step 0.71 to 0.77; with the random atoms it is built with 1.10 to 1.28."""
+    x, y = chained(0)
+    torch.manual_seed(0)
+    dictionary = build("clt", 24, 96, n_parts=3, **options)
+    random = [W_dec.detach().clone() for W_dec in dictionary.W_dec]
+    dictionary.initialise(x, y)
+    begun = fvu(y, dictionary(x).detach())
+    assert begun < 0.85
+    for W_dec, before in zip(dictionary.W_dec, random):
+        torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(32))
+        with torch.no_grad():
+            W_dec.copy_(before)
+    assert fvu(y, dictionary(x).detach()) > 1.05
+
+
+# FVU after 300 steps over seeds 0-4, without and with that: 0.089 to 0.107 and 0.052 to 0.064.
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_it_is_learnt_better_from_there(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = chained(seed)
+    settings = {"n_features": 96, "k": 9, "n_parts": 3, "n_rows": 300 * 256, "batch_size": 256, "lr": 5e-3}
+    found = unweave.fit(x, "clt", target=y, seed=seed, **settings)
+    monkeypatch.setattr(CrossLayerTranscoder, "initialise", Parts.initialise)
+    assert fvu(y, found(x)) < 0.8 * fvu(y, unweave.fit(x, "clt", target=y, seed=seed, **settings)(x))

@@ -147,10 +147,7 @@ class LinearDictionary(Dictionary):
         sums = torch.zeros_like(self.W_dec)
         sums.index_add_(0, code.indices.long(), code.values[:, None] * wanted[code.rows])
         self.W_dec.copy_(F.normalize(torch.where(sums.norm(dim=1, keepdim=True) > 0, sums, self.W_dec), dim=1))
-        written = self.decode(code) - self.b_dec
-        gain = float((written * wanted).sum() / written.square().sum().clamp_min(1e-12))
-        if gain > 0:
-            self.fold_scale(1.0, 1 / gain)
+        self.fold_scale(1.0, 1 / best_gain(self.decode(code) - self.b_dec, wanted))
         self.b_dec.copy_(b_dec)
 
     def read_from_mean(self, sample: Tensor) -> None:
@@ -258,6 +255,12 @@ def geometric_median(points: Tensor, n_iterations: int = 100, tolerance: float =
             return moved
         centre = moved
     return centre
+
+
+def best_gain(written: Tensor, wanted: Tensor) -> float:
+    """What to multiply ``written`` with for the least squared error; 1 where no positive number is better than 0."""
+    gain = float((written * wanted).sum() / written.square().sum().clamp_min(1e-12))
+    return gain if gain > 0 else 1.0
 
 
 def scale_to_unit_gain(dictionary: LinearDictionary, sample: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import Loss, TrainingBatch, warm
-from unweave.dictionaries._linear import geometric_median
+from unweave.dictionaries._linear import best_gain
 from unweave.dictionaries._parts import Parts, PartsConfig
 from unweave.dictionaries.jumprelu import _Jump
 from unweave.dictionaries.registry import register
@@ -246,12 +247,32 @@ class CrossLayerTranscoder(Parts):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor) -> None:
+        """Read from the mean on, and point atoms at what the target does where their features fire; our choice.
+
+        Random atoms write into every later layer at once: the error starts at several times the variance, and the
+        steps that bring it down leave most features silent.
+        """
         super().initialise(sample, target)
-        self.b_dec.copy_(geometric_median(self.scaled_target(target).float()))
+        wanted = self.scaled_target(target).float()
+        self.b_dec.copy_(wanted.mean(0))
+        wanted = wanted - self.b_dec
+        W_enc = self.W_enc.unflatten(0, (self.n_parts, -1))
+        self.b_enc.copy_(-(W_enc @ self._inputs(sample).mean(1)[:, :, None]).flatten())
         if self.config.activation == "jumprelu":
             scores = self.pre_activations(sample[:1024])
             n = min(2 * self.config.k * len(scores), scores.numel() - 1)
             self.log_threshold.fill_(float(scores.reshape(-1).topk(n + 1).values[-1].clamp_min(1e-3).log()))
+        code = self.encode(sample)
+        for layer, here, pattern in self._layers(code.pattern):
+            W_dec = self.W_dec[layer]
+            ahead = wanted[pattern.rows][:, self.d_out - W_dec.shape[1] :]
+            sums = torch.zeros_like(W_dec).index_add_(0, pattern.indices.long(), code.values[here, None] * ahead)
+            W_dec.copy_(F.normalize(torch.where(sums.norm(dim=1, keepdim=True) > 0, sums, W_dec), dim=1))
+        gain = best_gain(self._written(code), wanted)
+        for parameter in (self.W_enc, self.b_enc):
+            parameter.mul_(gain)
+        if self.config.activation == "jumprelu":
+            self.log_threshold.add_(math.log(gain))
 
     @torch.no_grad()
     def fold_parts(self, into: Tensor, out_of: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from unweave.codes import SparseCode
 from unweave.dictionaries._auxk import auxk_loss
 from unweave.dictionaries._base import Dictionary, Loss, TrainingBatch, warm
-from unweave.dictionaries._linear import LinearDictionary, fold_decoder_norms
+from unweave.dictionaries._linear import LinearDictionary, best_gain, fold_decoder_norms
 from unweave.dictionaries._parts import Parts, PartsConfig
 from unweave.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from unweave.dictionaries.registry import register
@@ -140,6 +140,13 @@ class _Ranked(_Crosscoder, TopK):
 
     So the choice does not change where code and atom trade scale, and no norm has to be kept fixed.
     """
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, target: Tensor) -> None:
+        """As in ``topk``, but with the encoder's gain of least error, our choice: unit gain writes twice too much."""
+        super().initialise(sample, target)
+        written = self.scaled_target(self.decode(self.encode(sample))) - self.b_dec
+        self.W_enc.mul_(best_gain(written, self.scaled_target(target) - self.b_dec))
 
     def select(self, scores: Tensor) -> Pattern:
         return select(reference, self.rule(), scores * self.total_norms().detach())[0]

@@ -69,8 +69,8 @@ class Transcoder(LinearDictionary):
     """``y_hat = z W_dec + b_dec``, ``z = TopK_k(x W_enc^T + b_enc)`` or its ReLU, loss ``||y - y_hat||^2 / var(y)``.
 
     Atoms have free norms. At the start ``b_dec`` is the mean target, ``b_enc = -W_enc mean(x)`` and ``W_dec = 0``.
-    Any other dictionary learns a target of its own as well (``fit(rows, target=...)``); those with unit atoms begin with
-    these turned to what the target does where their features fire.
+    Any other dictionary learns a target of its own as well (``fit(rows, target=...)``); those with unit atoms begin
+    with these turned to what the target does where their features fire.
     """
 
     Config = TranscoderConfig
