@@ -78,12 +78,12 @@ def test_the_power_has_the_slope_it_says_and_no_corner(p: float) -> None:
     torch.testing.assert_close(_power(z[large], p), (z[large] ** p - offset).sum())
 
 
-# Over seeds 0 to 4: FVU 0.12 at L0 5.1 to 5.3, where L1 has 0.16 to 0.17 at L0 6.1 to 6.4.
+# Over seeds 0 to 4: FVU 0.095 to 0.099 at L0 3.1 to 3.2, where L1 has 0.131 to 0.139 at L0 3.6 to 3.7.
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_fewer_features_do_more_than_with_l1(seed: int) -> None:
     _, rows = planted(seed, n=4000)
     settings = {"n_features": 64, "n_rows": 300 * 256, "batch_size": 256, "seed": seed}
-    annealed = unweave.training.fit(rows, "p_anneal", sparsity_coefficient=0.25, **settings)
+    annealed = unweave.training.fit(rows, "p_anneal", sparsity_coefficient=0.15, **settings)
     plain = unweave.training.fit(rows, "relu", variant="standard", l1_coefficient=0.3, **settings)
     with torch.no_grad():
         l0 = [float(d.encode(rows).l0().float().mean()) for d in (annealed, plain)]

@@ -105,9 +105,7 @@ class Crosscoder(_Crosscoder):
     Config = CrosscoderConfig
     citation = "Lindsey et al. 2024, Sparse crosscoders for cross-layer features and model diffing"
     good_for = "what layers share, or what two models on the same text share and do not"
-
-    def default_lr(self) -> float:
-        return 5e-5
+    lr_at_16k = 5e-5
 
     def rule(self) -> Rule:
         return AboveRule(0.0)

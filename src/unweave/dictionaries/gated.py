@@ -45,14 +45,12 @@ class Gated(Annealed):
     )
     good_for = "L1 without shrinkage: one path says whether, the other how much"
     betas = (0.0, 0.999)
+    lr_at_16k = 3e-4
 
     def __init__(self, config: GatedConfig) -> None:
         super().__init__(config)
         self.log_magnitude = nn.Parameter(torch.zeros(config.n_features))
         self.b_mag = nn.Parameter(torch.zeros(config.n_features))
-
-    def default_lr(self) -> float:
-        return 3e-4
 
     def rule(self) -> Rule:
         return AboveRule(0.0)

@@ -33,9 +33,7 @@ class PAnneal(Annealed):
         "Karvonen et al. 2024, Measuring progress in dictionary learning with board game models, arXiv:2408.00113"
     )
     good_for = "L1's convexity at the start and nearly L0 at the end, without thresholds"
-
-    def default_lr(self) -> float:
-        return 3e-4
+    lr_at_16k = 3e-4
 
     def rule(self) -> Rule:
         return AboveRule(0.0)

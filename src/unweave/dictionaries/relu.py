@@ -48,6 +48,7 @@ class ReLU(LinearDictionary):
     Config = ReLUConfig
     citation = "Bricken et al. 2023, Towards monosemanticity; Anthropic, circuits updates April 2024"
     good_for = "comparing with published work; shrinks values, and its L0 follows from a coefficient"
+    lr_at_16k = 3e-4
 
     def __init__(self, config: ReLUConfig) -> None:
         super().__init__(config)
@@ -55,9 +56,6 @@ class ReLU(LinearDictionary):
             with torch.no_grad():
                 self.W_dec.mul_(0.1)
                 self.W_enc.mul_(0.1)
-
-    def default_lr(self) -> float:
-        return 3e-4
 
     @property
     def unit_norm(self) -> bool:
