@@ -77,8 +77,8 @@ NOTES: dict[str, str] = {
         "known of why. What the paper gains is in probing, which this table does not measure.",
     ),
     "p_anneal": "behind ReLU on all three, where the paper has it ahead; runs are short, and no more is known of why.",
-    "g_sae": "the paper has it ahead of TopK in what the model loses; after 150 steps both lose the same here. On the toy "
-    "of its test, where features that matter are small, it is ahead.",
+    "g_sae": "the paper has it ahead of TopK in what the model loses; after 150 steps both lose the same here. On the "
+    "toy of its test, where features that matter are small, it is ahead.",
     "jumprelu": "in so short a run it does not end at the L0 it is asked for: its target was searched.",
 }
 COLUMNS = {"fvu": 3, "l0": 1, "dead": 3, "ce_recovered": 3, "mmcs": 3, "mcc": 3, "recall": 3, "uniqueness": 3}

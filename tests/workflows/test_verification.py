@@ -192,6 +192,21 @@ def test_a_loss_that_is_declared_alone(right, verify, tmp_path: Path) -> None:
     assert "not as declared: the decoder is transposed" in verify(tmp_path, alone, status=1)
 
 
+def test_a_run_declares_what_it_measured(tiny_model: Path, corpus: Path, verify, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["--site", "layers.1", "--tokens", "4k", "--expansion", "2", "--k", "4", "--out", str(run)]
+    command = ["train", "--model", str(tiny_model), "--data", str(corpus), *settings, "evaluation.tokens=2000"]
+    made = CliRunner().invoke(app, [*command, "evaluation.loss_tokens=0", "index=null", "model.dtype=float32"])
+    assert made.exit_code == 0, made.output
+    measured = unweave.load(run).evaluation
+    shown = verify(run, {}, status=0)
+    assert f"{measured['fvu']:.4g}" in shown
+    assert f"{measured['l0']:.4g}" in shown
+    assert shown.endswith("as declared")
+    shown = verify(run, {"l0": 29}, status=1)
+    assert f"{measured['fvu']:.4g}" not in shown.replace("measured", "")
+
+
 def test_what_nobody_says_is_asked_for(
     right, verify, model: LanguageModel, trained_model: Path, tmp_path: Path
 ) -> None:

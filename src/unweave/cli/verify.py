@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    thing: Annotated[str, typer.Argument(help="A checkpoint that `unweave inspect` knows.")],
+    thing: Annotated[str, typer.Argument(help="A checkpoint that `unweave inspect` knows, or a run folder.")],
     model: Annotated[str | None, typer.Option(help="Its model, where its files do not say.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Text to run through the model: hub dataset, file or folder.")

@@ -14,6 +14,7 @@ from unweave.activations import ActivationStore
 from unweave.batch import ActivationBatch
 from unweave.dictionaries._origin import check_origin, same_model
 from unweave.errors import UnweaveError
+from unweave.evaluation import Evaluation
 from unweave.formats import Facts, Verdict
 from unweave.formats.verify import NOTHING_DECLARED
 from unweave.runs.opening import open_documents, open_model
@@ -42,6 +43,7 @@ def verify(
     """:func:`unweave.formats.verify` on the first rows of an activation store.
 
     Args:
+        thing: a checkpoint; or a run folder, which declares what its evaluation measured unless told otherwise.
         store: of the checkpoint's site; with targets, for a transcoder. others: of sites it may be meant for instead.
         force: go on where its files name another model or site than the store does.
         declared_and_options: as for :func:`unweave.formats.verify`.
@@ -50,6 +52,7 @@ def verify(
         UnweaveError: when nothing is declared, a store is of another width, model or site, or the checkpoint cannot be
             loaded.
     """
+    thing, declared_and_options = _of_run(thing, declared_and_options)
     if not force:
         options = {n: value for n, value in declared_and_options.items() if n not in _DECLARED}
         known = {name: value for name, value in formats.inspect(thing, **options).origin.items() if value}
@@ -80,6 +83,7 @@ def verify_in_model(
     model.
 
     Args:
+        thing: as there.
         model, site, target_site, context_size, bos: what the checkpoint's files say of these, where nothing is given.
             Sites may be called as in TransformerLens (``blocks.3.hook_resid_post``), by a module's path, or as here.
             Where nobody knows them, contexts have 128 tokens and begin with BOS if the tokenizer has it.
@@ -90,6 +94,7 @@ def verify_in_model(
     Raises:
         UnweaveError: for a model or site that nobody knows, a site of another width, and as formats.verify.
     """
+    thing, declared_and_options = _of_run(thing, declared_and_options)
     declared = {name: declared_and_options.pop(name, None) for name in _DECLARED}
     options = declared_and_options
     facts = formats.inspect(thing, **options)
@@ -158,6 +163,18 @@ def verify_in_model(
         return found["ce_loss_recovered"] if "ce_loss_recovered" in found.metrics else None
 
     return formats.verify(thing, here.rows, here.targets, others=others, recovered=recovered, **declared, **options)
+
+
+def _of_run(thing: str | Path, declared: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+    """The dictionary in a run folder, and what the run declares of it: its evaluation, unless something else is."""
+    folder = Path(thing)
+    if not (folder / "dictionary" / "config.json").is_file():
+        return thing, declared
+    if all(declared.get(name) is None for name in _DECLARED) and (folder / "evaluation.json").is_file():
+        measured = Evaluation.load(folder / "evaluation.json")
+        called = {"l0": "l0", "fvu": "fvu", "ce_recovered": "ce_loss_recovered"}
+        declared = {**declared, **{ours: measured[name] for ours, name in called.items() if name in measured.metrics}}
+    return folder / "dictionary", declared
 
 
 class _Kept(Source):
