@@ -16,6 +16,7 @@ from unweave import formats
 from unweave.cli._app import app
 from unweave.dictionaries import Dictionary
 from unweave.errors import UnweaveError
+from unweave.evaluation import Evaluation
 from unweave.features import build_features
 from unweave.formats import Facts
 from unweave.interventions import reconstruct
@@ -198,7 +199,7 @@ def test_a_run_declares_what_it_measured(tiny_model: Path, corpus: Path, verify,
     command = ["train", "--model", str(tiny_model), "--data", str(corpus), *settings, "evaluation.tokens=2000"]
     made = CliRunner().invoke(app, [*command, "evaluation.loss_tokens=0", "index=null", "model.dtype=float32"])
     assert made.exit_code == 0, made.output
-    measured = unweave.load(run).evaluation
+    measured = Evaluation.load(run / "evaluation.json")
     shown = verify(run, {}, status=0)
     assert f"{measured['fvu']:.4g}" in shown
     assert f"{measured['l0']:.4g}" in shown
