@@ -223,11 +223,17 @@ def test_it_begins_with_its_atoms_turned_to_what_is_wanted(options: dict[str, An
     assert fvu(y, dictionary(x).detach()) > 1.05
 
 
-# FVU after 300 steps over seeds 0-4, without and with that: 0.089 to 0.107 and 0.052 to 0.064.
+# FVU after 300 steps over seeds 0-4, without and with that: 0.093 to 0.121 and 0.052 to 0.064.
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_it_is_learnt_better_from_there(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = chained(seed)
     settings = {"n_features": 96, "k": 9, "n_parts": 3, "n_rows": 300 * 256, "batch_size": 256, "lr": 5e-3}
     found = unweave.fit(x, "clt", target=y, seed=seed, **settings)
-    monkeypatch.setattr(CrossLayerTranscoder, "initialise", Parts.initialise)
+
+    def plain(self: Any, sample: Tensor, target: Tensor) -> None:
+        Parts.initialise(self, sample, target)
+        with torch.no_grad():
+            self.b_dec.copy_(self.scaled_target(target).mean(0))
+
+    monkeypatch.setattr(CrossLayerTranscoder, "initialise", plain)
     assert fvu(y, found(x)) < 0.8 * fvu(y, unweave.fit(x, "clt", target=y, seed=seed, **settings)(x))

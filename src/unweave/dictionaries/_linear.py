@@ -12,7 +12,7 @@ from unweave.codes import SparseCode
 from unweave.dictionaries._base import Dictionary, DictionaryConfig, Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Backward, Fit, Gradients, Step, closed_form, plain_fit
 from unweave.errors import UnweaveError
-from unweave.kernels.autograd import sparse_decode, sparse_encode
+from unweave.kernels.autograd import outer_sums, sparse_decode, sparse_encode
 from unweave.kernels.calibration import plan_for
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import Rule, reference, select
@@ -139,20 +139,22 @@ class LinearDictionary(Dictionary):
         An encoder and atoms that are tied, or random, write the wrong thing: the error then starts at several times
         the variance, and the steps that bring it down silence features, which a penalty on L0 does not wake again.
         """
-        if not self.unit_norm:
+        if not (self.unit_norm and self.linear_decoder):
             return  # free norms grow from what little they start with, and turned atoms gained nothing there
+        self.b_dec.copy_(target.mean(0))
         self.read_from_mean(sample)
-        b_dec = target.mean(0)
-        code, wanted = self.encode(sample), target - b_dec
-        sums = torch.zeros_like(self.W_dec)
-        sums.index_add_(0, code.indices.long(), code.values[:, None] * wanted[code.rows])
-        self.W_dec.copy_(F.normalize(torch.where(sums.norm(dim=1, keepdim=True) > 0, sums, self.W_dec), dim=1))
-        self.fold_scale(1.0, 1 / best_gain(self.decode(code) - self.b_dec, wanted))
-        self.b_dec.copy_(b_dec)
+        code, wanted = self.encode(sample), target.to(self.W_dec) - self.b_dec
+        self.W_dec.copy_(turned(self.W_dec, code.pattern, code.values, wanted))
+        self.W_enc.mul_(best_gain(self.decode(code) - self.b_dec, wanted))
+        self.read_from_mean(sample)
 
     def read_from_mean(self, sample: Tensor) -> None:
-        """Let pre-activations be those of rows less their mean, as subtracting the decoder's bias does for others."""
-        self.b_enc.copy_(-self.centre(sample).mean(0) @ self.W_enc.T)
+        """Let pre-activations be those of rows less their mean, as subtracting the decoder's bias does for others.
+
+        What was measured of pre-activations (thresholds) has to be measured again: extend this where there is such.
+        """
+        if self.b_enc.requires_grad:  # else there is to be none
+            self.b_enc.copy_(-self.centre(sample).mean(0) @ self.W_enc.T)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -255,6 +257,16 @@ def geometric_median(points: Tensor, n_iterations: int = 100, tolerance: float =
             return moved
         centre = moved
     return centre
+
+
+@torch.no_grad()
+def turned(W_dec: Tensor, pattern: Pattern, values: Tensor, wanted: Tensor) -> Tensor:
+    """Unit atoms, each turned to what its feature should write: the sum of ``wanted (n, d)`` weighed by its values.
+
+    Atoms of features that do not fire keep their direction.
+    """
+    sums = outer_sums(pattern, values.to(W_dec), wanted)
+    return F.normalize(torch.where(sums.norm(dim=1, keepdim=True) > 0, sums, W_dec), dim=1)
 
 
 def best_gain(written: Tensor, wanted: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unweave.codes import SparseCode
 from unweave.dictionaries._base import Loss, TrainingBatch, warm
-from unweave.dictionaries._linear import best_gain
+from unweave.dictionaries._linear import best_gain, turned
 from unweave.dictionaries._parts import Parts, PartsConfig
 from unweave.dictionaries.jumprelu import _Jump
 from unweave.dictionaries.registry import register
@@ -265,9 +265,7 @@ class CrossLayerTranscoder(Parts):
         code = self.encode(sample)
         for layer, here, pattern in self._layers(code.pattern):
             W_dec = self.W_dec[layer]
-            ahead = wanted[pattern.rows][:, self.d_out - W_dec.shape[1] :]
-            sums = torch.zeros_like(W_dec).index_add_(0, pattern.indices.long(), code.values[here, None] * ahead)
-            W_dec.copy_(F.normalize(torch.where(sums.norm(dim=1, keepdim=True) > 0, sums, W_dec), dim=1))
+            W_dec.copy_(turned(W_dec, pattern, code.values[here], wanted[:, self.d_out - W_dec.shape[1] :]))
         gain = best_gain(self._written(code), wanted)
         for parameter in (self.W_enc, self.b_enc):
             parameter.mul_(gain)

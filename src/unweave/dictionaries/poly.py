@@ -83,8 +83,11 @@ class _Polynomial(LinearDictionary):
         self.C1, self.C2, self.C3 = (nn.Parameter(_kaiming(d, r)) for r in (rank, rank2, rank3))
         self.lambda2 = nn.Parameter(torch.tensor(config.lambda2))
         self.lambda3 = nn.Parameter(torch.tensor(config.lambda3))
-        if config.d_in == config.d_out:
-            with torch.no_grad():  # tied at the start, as the base is
+        with torch.no_grad():
+            # Atoms of norm 1, on average, as the base has them: with shorter ones codes are longer, and their squares
+            # and cubes begin at many times the rows.
+            self.C1.div_(self.W_dec.norm(dim=1).mean())
+            if config.d_in == config.d_out:  # tied at the start, as the base is
                 self.W_enc.copy_(F.normalize(self.W_dec, dim=1))
 
     @property

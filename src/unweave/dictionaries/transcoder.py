@@ -69,7 +69,7 @@ class Transcoder(LinearDictionary):
     """``y_hat = z W_dec + b_dec``, ``z = TopK_k(x W_enc^T + b_enc)`` or its ReLU, loss ``||y - y_hat||^2 / var(y)``.
 
     Atoms have free norms. At the start ``b_dec`` is the mean target, ``b_enc = -W_enc mean(x)`` and ``W_dec = 0``.
-    Any other dictionary learns a target of its own as well (``fit(rows, target=...)``); those with unit atoms begin
+    Any other dictionary learns a target of its own as well (``fit(rows, target=...)``); most with unit atoms begin
     with these turned to what the target does where their features fire.
     """
 
@@ -143,7 +143,7 @@ class Transcoder(LinearDictionary):
     @torch.no_grad()
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         self.b_dec.copy_(target.mean(0))
-        self.b_enc.copy_(-self.centre(sample).mean(0) @ self.W_enc.T)
+        self.read_from_mean(sample)
 
 
 class Skip(LinearDictionary):

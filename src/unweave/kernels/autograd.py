@@ -39,7 +39,8 @@ def _gather_dot(pattern: Pattern, A: Tensor, W: Tensor) -> Tensor:
     return ops.gradients.gather_dot(pattern, A.contiguous(), W.contiguous())
 
 
-def _scatter_outer(pattern: Pattern, values: Tensor, A: Tensor) -> Tensor:
+def outer_sums(pattern: Pattern, values: Tensor, A: Tensor) -> Tensor:
+    """``out[f] = sum over the entries of feature f of value * A[row]``, shape ``(n_features, d)``; no gradient."""
     if (ops := _ops(pattern, values, A)) is None:
         return scatter_outer(pattern, values, A)
     columns: Columns = pattern.columns
@@ -59,7 +60,7 @@ class _SparseEncode(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad[:3]
         grad_x = _decode(pattern, grad, W_enc) if need_x else None
-        grad_W = _scatter_outer(pattern, grad, x) if need_W else None
+        grad_W = outer_sums(pattern, grad, x) if need_W else None
         grad_b = sum_by_feature(pattern, grad) if need_b else None
         return grad_x, grad_W, grad_b, None, None
 
@@ -77,7 +78,7 @@ class _SparseDecode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         need_values, need_W = ctx.needs_input_grad[:2]
         grad_values = _gather_dot(pattern, grad, W_dec) if need_values else None
-        grad_W = _scatter_outer(pattern, values, grad) if need_W else None
+        grad_W = outer_sums(pattern, values, grad) if need_W else None
         return grad_values, grad_W, None
 
 

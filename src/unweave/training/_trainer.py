@@ -199,6 +199,7 @@ class Trainer:
         adam = {name: dict(self.optimizer.state[p]) for name, p in self.parameters.items() if p in self.optimizer.state}
         return {
             "step": self.step,
+            "lr": self.lr,
             "scale": self.scale,
             "target_scale": self.target_scale,
             "input_norms": self.input_norms,
@@ -215,6 +216,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.scale, self.target_scale = state["step"], state["scale"], state["target_scale"]
         self.input_norms = state["input_norms"]
+        self.lr = state.get("lr", self.lr)  # defaults may change; what was begun goes on as it was
         self.dictionary.load_state_dict(state["weights"])
         for name, values in state["adam"].items():
             parameter = self.parameters[name]

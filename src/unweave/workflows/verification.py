@@ -52,7 +52,7 @@ def verify(
         UnweaveError: when nothing is declared, a store is of another width, model or site, or the checkpoint cannot be
             loaded.
     """
-    thing, declared_and_options = _of_run(thing, declared_and_options)
+    thing, declared_and_options = _of_run(thing, declared_and_options, ("l0", "fvu"))  # no model: no loss
     if not force:
         options = {n: value for n, value in declared_and_options.items() if n not in _DECLARED}
         known = {name: value for name, value in formats.inspect(thing, **options).origin.items() if value}
@@ -165,14 +165,16 @@ def verify_in_model(
     return formats.verify(thing, here.rows, here.targets, others=others, recovered=recovered, **declared, **options)
 
 
-def _of_run(thing: str | Path, declared: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+def _of_run(
+    thing: str | Path, declared: dict[str, Any], names: Sequence[str] = _DECLARED
+) -> tuple[str | Path, dict[str, Any]]:
     """The dictionary in a run folder, and what the run declares of it: its evaluation, unless something else is."""
     folder = Path(thing)
     if not (folder / "dictionary" / "config.json").is_file():
         return thing, declared
     if all(declared.get(name) is None for name in _DECLARED) and (folder / "evaluation.json").is_file():
         measured = Evaluation.load(folder / "evaluation.json")
-        called = {"l0": "l0", "fvu": "fvu", "ce_recovered": "ce_loss_recovered"}
+        called = {name: {"ce_recovered": "ce_loss_recovered"}.get(name, name) for name in names}
         declared = {**declared, **{ours: measured[name] for ours, name in called.items() if name in measured.metrics}}
     return folder / "dictionary", declared
 

@@ -121,6 +121,9 @@ class Classical(Dictionary):
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         pass  # all it knows comes from the rows it absorbs
 
+    def initialise_map(self, sample: Tensor, target: Tensor) -> None:
+        pass  # a target that is not the input is refused with the first batch
+
     def before_step(self) -> None:
         pass
 

@@ -67,7 +67,7 @@ def _descend(
         _on_support(atoms[at], inner.gather(1, at), steps, project, z.gather(1, at))
         for inner, z, at in zip(inner.split(rows), z.split(rows), chosen.split(rows))
     ]
-    return torch.zeros_like(z).scatter_(1, chosen, torch.cat(parts)) if parts else z
+    return torch.zeros_like(z).scatter_(1, chosen, torch.cat(parts))
 
 
 def _on_support(atoms: Tensor, inner: Tensor, steps: int, project: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
