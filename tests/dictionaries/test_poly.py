@@ -158,10 +158,10 @@ def linear_fvu(z: Tensor, x: Tensor) -> float:
     return float(left.square().sum() / (x - x.mean(0)).square().sum())
 
 
-# Linear least squares 0.256 to 0.269; the polynomial 0.0002 to 0.002 after 2000 steps
-# (seeds 1 to 3), 0.029 after 1200 (seed 0).
+# Linear least squares 0.256 to 0.269; the polynomial 0.001 to 0.021 after 2000 steps
+# (seeds 1 to 3), 0.014 after 1500 (seed 0).
 @pytest.mark.parametrize(
-    ("seed", "n_steps"), [(0, 1200), *(pytest.param(seed, 2000, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+    ("seed", "n_steps"), [(0, 1500), *(pytest.param(seed, 2000, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )
 def test_with_the_true_codes_it_learns_a_planted_interaction(seed: int, n_steps: int) -> None:
     z, x = planted(seed)

@@ -75,7 +75,8 @@ def _inputs(config: TrainingConfig, norms: Mapping[str, float]) -> str | None:
 
 
 def _fit(metrics: Sequence[Mapping[str, Any]], config: TrainingConfig) -> str | None:
-    curve = [line["fvu"] for line in metrics if line.get("fvu") is not None]
+    lines = [line for line in metrics if line.get("fvu") is not None]
+    curve = [line["fvu"] for line in lines]
     if not curve:
         return "The rows do not vary at all (no variance to explain): check the site and the data."
     if not config.by_reconstruction:
@@ -87,7 +88,8 @@ def _fit(metrics: Sequence[Mapping[str, Any]], config: TrainingConfig) -> str | 
             f"off (last peak {max(line['lr'] for line in metrics):.2g}), the sparsity penalty too strong, or the "
             "training too short."
         )
-    if last > 1.25 * best + 0.02:
+    before, now = (line.get("l0") or 0 for line in (lines[curve.index(best)], lines[-1]))
+    if last > 1.25 * best + 0.02 and not now < 0.8 * before:  # fewer features cost accuracy: a penalty took hold
         return (
             f"FVU rose from {best:.3g} to {last:.3g} during training: the learning rate is probably too high, or the "
             "data changed on the way (raise ring_rows, or shuffle the documents)."
