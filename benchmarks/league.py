@@ -203,7 +203,9 @@ def write_table(out: Path, data: dict[str, Any], settings: str) -> None:
         "Mean ± half a 95 % interval over seeds (Student's t: with three seeds it is wide). Seconds were taken on one",
         "or two threads of a busy machine: they tell slow from fast, and no more. Sorted by FVU.",
         "`python benchmarks/league.py --help` says how it is made. Short runs: they say which methods",
-        "get far with little, and not how billions of tokens would end.",
+        "get far with little, and not how billions of tokens would end. What maps one site to another, joins",
+        "several, or is trained with more than the row has tables of its own, beside usual ones; synthetic rows have",
+        "neither a model's loss (g_sae) nor an order (temporal).",
     ]
     for name in sorted(order, key=lambda name: list(data).index(name) if name in data else len(data)):
         ranked = order[name]
