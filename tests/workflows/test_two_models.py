@@ -272,7 +272,8 @@ def test_a_real_model_against_one_with_a_changed_direction(tmp_path):
     )
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     run = unweave.load(tmp_path / "run")
-    found = diff(run, exclusive=0.3, even=0.1)
+    # The copy's rows are longer by the new direction; in units of each, what both have is at 0.35 to 0.4 and not 0.5.
+    found = diff(run, exclusive=0.3, even=0.15)
     own, shared = found.groups["only b"], found.groups["shared"]
     assert len(shared) > 100
     assert len(own) >= 1
