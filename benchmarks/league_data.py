@@ -147,21 +147,23 @@ class Pair(Synthetic):
         return PairSource(self.config.replace(seed=seed))
 
     def recovery(self, dictionary: Dictionary, source: Any) -> dict[str, float]:
-        found = match(source.written, dictionary.decoder_directions(), absolute=True)
-        return {"mmcs": found.mmcs, "mcc": found.mcc, "recall": found.recall(), "uniqueness": found.uniqueness}
+        return _matched(source.written, dictionary.decoder_directions())
 
     def anchors(self, seed: int) -> dict[str, dict[str, float]]:
         """What random atoms get, and the best linear map."""
         source = self.source(seed)
         torch.manual_seed(seed)
-        atoms = torch.randn(self.config.n_features, source.d_out)
-        found = match(source.written, atoms, absolute=True)
-        random = {"mmcs": found.mmcs, "mcc": found.mcc, "recall": found.recall(), "uniqueness": found.uniqueness}
+        random = _matched(source.written, torch.randn(self.config.n_features, source.d_out))
         learnt, fresh = _rows_of(source, 16_384), _rows_of(source.held_out(), 16_384)
         x, x_new = (torch.cat([b.input, torch.ones(b.n_rows, 1)], dim=1) for b in (learnt, fresh))
         error = fresh.target - x_new @ torch.linalg.lstsq(x, learnt.target).solution
         spread = fresh.target - fresh.target.mean(0)
         return {"linear map": {"fvu": float(error.square().sum() / spread.square().sum())}, "random": random}
+
+
+def _matched(written: Tensor, atoms: Tensor) -> dict[str, float]:
+    found = match(written, atoms, absolute=True)
+    return {"mmcs": found.mmcs, "mcc": found.mcc, "recall": found.recall(), "uniqueness": found.uniqueness}
 
 
 class PairSource(SyntheticSource):

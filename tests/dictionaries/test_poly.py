@@ -185,3 +185,10 @@ def test_with_the_true_codes_it_learns_a_planted_interaction(seed: int, n_steps:
     fvu = float(left.square().sum() / (x - x.mean(0)).square().sum())
     assert linear_fvu(z, x) > 0.2
     assert fvu < 0.05
+
+
+@pytest.mark.parametrize("d_out", [12, 20])
+def test_atoms_begin_with_norm_one_on_average(d_out: int) -> None:
+    torch.manual_seed(0)
+    dictionary = build("poly_topk", 12, 40, d_out=d_out, k=4, subtract_bias=d_out == 12)
+    assert float(dictionary.W_dec.detach().norm(dim=1).mean()) == pytest.approx(1, abs=1e-5)

@@ -158,3 +158,12 @@ BAD = [
 def test_options_that_make_no_sense_are_refused(arch: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnweaveError, match=message):
         build(arch, 12, 40, **options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "published"), [("topk", 2e-4), ("relu", 3e-4), ("gated", 3e-4), ("p_anneal", 3e-4), ("crosscoder", 5e-5)]
+)
+def test_the_published_rate_is_that_of_its_width(arch: str, published: float) -> None:
+    narrow, wide = build(arch, 4, 2**10), build(arch, 4, 2**14)
+    assert wide.default_lr() == pytest.approx(published)
+    assert narrow.default_lr() == pytest.approx(4 * published)

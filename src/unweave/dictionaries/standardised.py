@@ -78,7 +78,6 @@ class Standardised(LinearDictionary):
     def initialise(self, sample: Tensor, target: Tensor) -> None:
         super().initialise(sample, self.standardise(target)[0])
 
-    @torch.no_grad()
     def initialise_map(self, sample: Tensor, target: Tensor) -> None:
         pass  # its rows are written back with their own mean and deviation, so its atoms live where it reads
 
