@@ -18,9 +18,10 @@ import torch
 import unweave
 from unweave.activations import ActivationStore, RowStream
 from unweave.batch import ActivationBatch
-from unweave.dictionaries import Dictionary, Loss, build
+from unweave.dictionaries import Dictionary, Loss, build, get
 from unweave.errors import UnweaveError
 from unweave.files import read_tensors
+from unweave.sources import ArraySource
 from unweave.training import TrainingConfig, train
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -276,3 +277,23 @@ def test_a_setting_that_was_not_there_yet_stood_at_its_default(tmp_path: Path) -
         else:
             with pytest.raises(UnweaveError, match="belongs to another training: normalise_input"):
                 unweave.fit(rows, **settings)
+
+
+def test_a_resumed_run_keeps_the_rate_it_began_with(tmp_path, monkeypatch):
+    """A default learning rate of another version must not take over half way."""
+    rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    config = TrainingConfig(n_rows=2000, batch_size=100, ring_rows=400, checkpoint_every=5, log_every=5)
+
+    def run(folder, stop=None):
+        torch.manual_seed(0)
+        dictionary = build("topk", 6, 20, k=2)
+        if stop is not None:
+            dictionary = stop_at(dictionary, stop)
+        return train(dictionary, RowStream(ArraySource(rows), seed=0), config, folder)
+
+    whole = run(tmp_path / "whole").dictionary
+    with pytest.raises(Stop):
+        run(tmp_path / "killed", stop=12)
+    monkeypatch.setattr(get("topk"), "lr_at_16k", 1.0)
+    again = run(tmp_path / "killed").dictionary
+    assert torch.equal(again.W_enc, whole.W_enc)
