@@ -204,7 +204,7 @@ def test_the_compiled_kernels_have_them_in_float32(arch, case, screen):
     dictionary, batch = problem(arch, **settings, dtype=torch.float32)
     # The screen's auxiliary products are in bfloat16, on purpose: they are compared where there are none.
     batch = TrainingBatch(batch.input, batch.target, None, batch.progress) if screen else batch
-    compare(dictionary, batch, Plan("cpu", screen=screen), 1e-5)
+    compare(dictionary, batch, Plan("cpu", "screen" if screen else "float32"), 1e-5)
     assert crowded(dictionary, batch) == (takes(arch, "k") and case.startswith("k "))
 
 
@@ -213,7 +213,7 @@ def test_the_compiled_kernels_have_them_in_float32(arch, case, screen):
 def test_a_screen_takes_the_same_features(arch):
     for seed in range(4):
         dictionary, batch = problem(arch, n=70, dtype=torch.float32, seed=seed)
-        work = {screen: Workspace(Plan("cpu", screen)) for screen in (False, True)}
+        work = {screen: Workspace(Plan("cpu", "screen" if screen else "float32")) for screen in (False, True)}
         with torch.no_grad():
             rule = dictionary.training_rule()
             x = dictionary.centre(batch.input)
@@ -226,7 +226,7 @@ def test_auxiliary_gradients_of_a_screen_are_those_of_bfloat16():
     dictionary, batch = problem("topk", dtype=torch.float32)
     _, grads = by_autograd(dictionary, batch)
     with torch.no_grad():
-        made = dictionary.closed_form(batch, Workspace(Plan("cpu", screen=True)))
+        made = dictionary.closed_form(batch, Workspace(Plan("cpu", "screen")))
     assert made is not None
     ours, dead = summed(made[1], dictionary), batch.dead
     assert dead is not None

@@ -13,7 +13,7 @@ from unweave.errors import UnweaveError
 from unweave.kernels import calibration
 from unweave.kernels.backend import backend, fastest, serves, why_not
 from unweave.kernels.calibration import PINS, fingerprint, measured, pin, plan_for
-from unweave.kernels.workspace import Plan
+from unweave.kernels.workspace import Plan, plan_of
 
 needs_numba = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
 CPU = torch.device("cpu")
@@ -49,18 +49,20 @@ def forget_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PINS if not name.startswith("gpu")])
 def test_the_environment_pins_a_plan(name, monkeypatch, timings):
-    if reason := why_not(pin.__globals__["_parse"](name).backend):
+    if reason := why_not(plan_of(name).backend):
         pytest.skip(reason)
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
     plan = plan_for(LARGE, 2048, "train")
-    assert (plan.backend, plan.screen) == (name.partition("+")[0], name.endswith("+screen"))
+    assert (plan.backend, plan.name) == (name.partition("+")[0], name)
     assert not timings
 
 
 @pytest.mark.parametrize("name", ["fast", "screen", "cpu+", "CPU", "cpu+screen+screen"])
 def test_an_unknown_pin_is_refused_with_the_known_ones(name, monkeypatch):
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
-    with pytest.raises(UnweaveError, match=r"expected one of reference, cpu, cpu\+screen, gpu, gpu\+screen, found"):
+    with pytest.raises(
+        UnweaveError, match=r"expected one of reference, cpu, cpu\+certified, cpu\+screen, cpu\+bfloat16, gpu, .* found"
+    ):
         plan_for(LARGE, 2048)
 
 
@@ -75,7 +77,7 @@ def test_a_pin_that_cannot_run_here_says_why(monkeypatch):
 def test_a_pin_gives_way_where_it_cannot_hold(monkeypatch):
     monkeypatch.setenv("UNWEAVE_KERNELS", "cpu+screen")
     assert plan_for(LARGE.double(), 2048) == Plan("reference")
-    assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+    assert plan_for(LARGE, 2048) == Plan("cpu", "screen")
 
 
 def test_compiled_kernels_take_float32_on_their_own_device():
@@ -90,11 +92,11 @@ def test_compiled_kernels_take_float32_on_their_own_device():
 
 @needs_numba
 def test_the_fastest_plan_is_taken_and_remembered(timings, own_cache, monkeypatch):
-    assert plan_for(LARGE, 2048, "train") == Plan("cpu", screen=True)
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", "screen")
     assert timings == [(128, 4096, 2048, "train", CPU)]
-    assert plan_for(LARGE, 2048, "train") == Plan("cpu", screen=True)
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", "screen")
     forget_in_memory(monkeypatch)
-    assert plan_for(LARGE, 2048, "train") == Plan("cpu", screen=True)
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", "screen")
     assert len(timings) == 1
     assert measured(LARGE, 2048, "train") == {"reference": 3.0, "cpu": 2.0, "cpu+screen": 1.0}
     (file,) = own_cache.iterdir()
@@ -137,7 +139,7 @@ def test_a_broken_cache_is_measured_anew(broken, timings, monkeypatch):
     plan_for(LARGE, 2048)
     calibration.file().write_text(broken, encoding="latin-1")
     forget_in_memory(monkeypatch)
-    assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+    assert plan_for(LARGE, 2048) == Plan("cpu", "screen")
     assert len(timings) == 2
     forget_in_memory(monkeypatch)
     plan_for(LARGE, 2048)
@@ -152,7 +154,7 @@ def test_an_entry_that_makes_no_sense_is_measured_anew(odd, timings, monkeypatch
     values["seconds"] = dict.fromkeys(values["seconds"], odd)
     calibration.file().write_text(json.dumps(values))
     forget_in_memory(monkeypatch)
-    assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+    assert plan_for(LARGE, 2048) == Plan("cpu", "screen")
     assert len(timings) == 2
 
 
@@ -172,7 +174,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_timing(timings, tm
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("UNWEAVE_CACHE", str(tmp_path / "file" / "cache"))
     for _ in range(2):
-        assert plan_for(LARGE, 2048) == Plan("cpu", screen=True)
+        assert plan_for(LARGE, 2048) == Plan("cpu", "screen")
     assert len(timings) == 1
 
 

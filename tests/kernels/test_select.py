@@ -29,7 +29,7 @@ from unweave.kernels.workspace import Plan, Workspace
 pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
 
 SHAPES = [(1, 5), (7, 37), (3, 131), (33, 1000), (70, 4099)]
-SCREENED = Plan("cpu", screen=True)
+SCREENED = Plan("cpu", "screen")
 
 
 @contextmanager

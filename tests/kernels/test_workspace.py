@@ -19,9 +19,9 @@ from unweave.kernels.workspace import Plan, Workspace
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
 PLANS = [
     Plan("reference"),
-    Plan("reference", screen=True),
+    Plan("reference", "screen"),
     pytest.param(Plan("cpu"), marks=NUMBA),
-    pytest.param(Plan("cpu", screen=True), marks=NUMBA),
+    pytest.param(Plan("cpu", "screen"), marks=NUMBA),
 ]
 RULES: list[Rule] = [TopKRule(5), TopKRule(5, signed=True), BatchTopKRule(5), AboveRule(1.5)]
 
@@ -92,31 +92,31 @@ def test_the_shadow_is_copied_anew_after_forgetting(plan):
     work, X, (W, b) = Workspace(plan), normal(40, 16), encoder(150)
     work.select(TopKRule(5), X, W, b)
     W.mul_(-1)
-    if plan.screen:
-        assert work.shadow is not None
-        assert torch.equal(work.shadow, -W.bfloat16())
+    if plan.low:
+        assert work.encoder.copy is not None
+        assert torch.equal(work.encoder.copy, -W.bfloat16())
     work.forget()
-    assert work.shadow is None
+    assert work.encoder.copy is None
     same(work.select(TopKRule(5), X, W, b), Workspace(Plan()).select(TopKRule(5), X, W, b))
-    assert (work.shadow is None) == (not plan.screen)
+    assert (work.encoder.copy is None) == (not plan.low)
 
 
 def test_products_that_only_nudge_are_in_bfloat16_where_the_plan_screens():
     a, b = normal(20, 16), normal(16, 30, seed=1)
     assert torch.equal(Workspace(Plan()).product(a, b), a @ b)
-    low = Workspace(Plan(screen=True)).product(a, b)
+    low = Workspace(Plan(scores="screen")).product(a, b)
     assert low.dtype == torch.float32
     assert 0 < float((low - a @ b).norm() / (a @ b).norm()) < 1e-2
 
 
 def test_what_a_screen_has_learned_is_saved():
-    work = Workspace(Plan(screen=True))
+    work = Workspace(Plan(scores="screen"))
     work.screen.update(0.5, 3, 100)
-    other = Workspace(Plan(screen=True))
-    other.shadow = normal(3, 3).bfloat16()
+    other = Workspace(Plan(scores="screen"))
+    other.encoder.copy = normal(3, 3).bfloat16()
     other.load_state_dict(work.state_dict())
     assert other.state_dict() == work.state_dict() == {"tolerance": 0.75, "n_redone": 3, "n_rows": 100}
-    assert other.shadow is None
+    assert other.encoder.copy is None
 
 
 # ---- several encoders in one product ---------------------------------------------------------------------------------
@@ -156,9 +156,9 @@ def test_members_that_step_one_after_the_other_see_their_present_weights(plan):
             same(select_as(work, TopKRule(5), X, W, b, None), select_as(Workspace(Plan()), TopKRule(5), X, W, b, None))
             with torch.no_grad():
                 W.add_(normal(*W.shape, seed=10 * seed + number))  # as the update kernel does, the shadow too
-                if work.shadow is not None:
-                    work.shadow.copy_(W)
-        assert product.scores(X) is product.scores(X)
+                if work.encoder.copy is not None:
+                    work.encoder.copy.copy_(W)
+        assert product.scores(X)[0] is product.scores(X)[0]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -304,7 +304,7 @@ def test_a_step_by_autograd_leaves_the_joint_shadow_at_the_present_weights():
     assert made.code is not None
     assert made.code.pattern.is_crowded  # so this step was autograd's
     assert not torch.equal(relu.W_enc, before)
-    assert torch.equal(stepper.work.shadow, relu.W_enc.bfloat16())
+    assert torch.equal(stepper.work.encoder.copy, relu.W_enc.bfloat16())
 
 
 def test_members_that_are_done_are_read_back_and_the_others_trained(tmp_path):

@@ -296,9 +296,9 @@ def test_a_resumed_run_keeps_its_plan_where_it_can():
 def test_a_resampled_feature_is_seen_by_the_screen_at_once() -> None:
     bench = Bench("topk", "cpu+screen")
     bench.run(range(3))
-    shadow = bench.stepper.work.shadow
+    shadow = bench.stepper.work.encoder.copy
     bench.run(range(3, 5))
-    assert bench.stepper.work.shadow is shadow  # the update keeps it; nothing is copied for nothing
+    assert bench.stepper.work.encoder.copy is shadow  # the update keeps it; nothing is copied for nothing
     with torch.no_grad():
         bench.dictionary.W_enc[7] = 50 * bench.batch(5)[0].mean(0)
     made, _ = bench.stepper.run(TrainingBatch(*bench.batch(5), None, 0.1), 0.0, 0.1)

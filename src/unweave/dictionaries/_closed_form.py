@@ -89,10 +89,15 @@ class Fit:
 def plain_fit(pattern: Pattern, values: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor, work: Workspace) -> Fit:
     """The squared error of the reconstruction."""
     n = len(target)
-    error, grads, squares = work.ops.decode.decode_residual(pattern, values, W_dec, b_dec, target, 2 / max(1, n))
+    atoms = work.atoms(W_dec)
+    error, grads, squares = work.ops.decode.decode_residual(pattern, values, atoms, b_dec, target, 2 / max(1, n))
     mse = squares.mean() if n else squares.sum()
     lengths = squares.sqrt() * (2 / max(1, n))
-    return Fit(mse, squares, lambda: error * (-n / 2), grads, error, lengths, error.sum(0))
+
+    def residual() -> Tensor:
+        return error.to(b_dec.dtype) * (-n / 2)
+
+    return Fit(mse, squares, residual, grads, error, lengths, error.sum(0, dtype=b_dec.dtype))
 
 
 def nested_fit(
@@ -113,7 +118,8 @@ def nested_fit(
     """
     n, d = target.shape
     scales = weights * (2 / max(1, n))
-    errors, grads, squares = work.ops.prefixes.decode_prefixes(pattern, values, W_dec, b_dec, target, ends, scales)
+    atoms = work.atoms(W_dec)
+    errors, grads, squares = work.ops.prefixes.decode_prefixes(pattern, values, atoms, b_dec, target, ends, scales)
     loss = (squares.mean(0) if n else squares.sum(0)) @ weights
     flat = errors.reshape(-1, d)
     groups = torch.searchsorted(ends, torch.arange(pattern.n_features, device=ends.device), right=True)
@@ -122,7 +128,7 @@ def nested_fit(
         squares[:, -1],
         lambda: errors[:, -1] / -scales[-1],
         grads,
-        flat,
+        work.rows(flat),
         flat.norm(dim=1),
         errors[:, 0].sum(0),
         groups,
@@ -195,7 +201,7 @@ def closed_form(dictionary: LinearDictionary, batch: TrainingBatch, work: Worksp
         grad_b_enc = grad_b_enc + back.b_enc
     factors = {
         "W_dec": Factors(fit.columns(columns, n), values, fit.errors, fit.lengths, back.decoder),
-        "W_enc": Factors(columns, back.grad, x, norms, back.encoder),
+        "W_enc": Factors(columns, back.grad, work.rows(x), norms, back.encoder),
     }
     code = SparseCode.from_pattern(pattern, values)
     mse = fit.squares.mean() if n else fit.squares.sum()

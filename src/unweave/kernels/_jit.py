@@ -72,17 +72,43 @@ def _widen(value):
     return lambda value: value
 
 
+def write_row(out: Any, row: Any, scale: Any) -> None:
+    """``out = scale * row``, rounded to the nearest where ``out`` is bfloat16 (ties to even)."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(write_row, inline="always")
+def _write_row(out, row, scale):
+    if isinstance(out.dtype, types.Integer):
+
+        def rounded(out, row, scale):
+            for j in range(len(row)):
+                bits = np.float32(scale * row[j]).view(np.int32)
+                out[j] = np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+        return rounded
+
+    def exact(out, row, scale):
+        for j in range(len(row)):
+            out[j] = scale * row[j]
+
+    return exact
+
+
 @inline
 def dot(a, b):
     total = np.float32(0)
     for j in range(len(a)):
-        total += a[j] * b[j]
+        total += a[j] * widen(b[j])
     return total
 
 
 @inline
 def dots(x, W, indices, start, end, out):
-    """``out[e] = x . W[indices[e]]``, eight rows of W at a time: memory is the limit, and they come in together."""
+    """``out[e] = x . W[indices[e]]``, eight rows of W at a time: memory is the limit, and they come in together.
+
+    W may be bfloat16, here and below: half the memory.
+    """
     e = start
     while e + 8 <= end:
         w0, w1, w2, w3 = W[indices[e]], W[indices[e + 1]], W[indices[e + 2]], W[indices[e + 3]]
@@ -90,14 +116,14 @@ def dots(x, W, indices, start, end, out):
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
         for j in range(len(x)):
             v = x[j]
-            s0 += v * w0[j]
-            s1 += v * w1[j]
-            s2 += v * w2[j]
-            s3 += v * w3[j]
-            s4 += v * w4[j]
-            s5 += v * w5[j]
-            s6 += v * w6[j]
-            s7 += v * w7[j]
+            s0 += v * widen(w0[j])
+            s1 += v * widen(w1[j])
+            s2 += v * widen(w2[j])
+            s3 += v * widen(w3[j])
+            s4 += v * widen(w4[j])
+            s5 += v * widen(w5[j])
+            s6 += v * widen(w6[j])
+            s7 += v * widen(w7[j])
         out[e], out[e + 1], out[e + 2], out[e + 3] = s0, s1, s2, s3
         out[e + 4], out[e + 5], out[e + 6], out[e + 7] = s4, s5, s6, s7
         e += 8
@@ -106,10 +132,10 @@ def dots(x, W, indices, start, end, out):
         t0 = t1 = t2 = t3 = np.float32(0)
         for j in range(len(x)):
             v = x[j]
-            t0 += v * w0[j]
-            t1 += v * w1[j]
-            t2 += v * w2[j]
-            t3 += v * w3[j]
+            t0 += v * widen(w0[j])
+            t1 += v * widen(w1[j])
+            t2 += v * widen(w2[j])
+            t3 += v * widen(w3[j])
         out[e], out[e + 1], out[e + 2], out[e + 3] = t0, t1, t2, t3
         e += 4
     while e < end:
@@ -127,19 +153,19 @@ def add_rows(out, weights, order, rows, A, start, end):
         v0, v1, v2, v3 = weights[order[e]], weights[order[e + 1]], weights[order[e + 2]], weights[order[e + 3]]
         v4, v5, v6, v7 = weights[order[e + 4]], weights[order[e + 5]], weights[order[e + 6]], weights[order[e + 7]]
         for j in range(d):
-            half = v0 * a0[j] + v1 * a1[j] + v2 * a2[j] + v3 * a3[j]
-            out[j] += half + (v4 * a4[j] + v5 * a5[j] + v6 * a6[j] + v7 * a7[j])
+            half = v0 * widen(a0[j]) + v1 * widen(a1[j]) + v2 * widen(a2[j]) + v3 * widen(a3[j])
+            out[j] += half + (v4 * widen(a4[j]) + v5 * widen(a5[j]) + v6 * widen(a6[j]) + v7 * widen(a7[j]))
         e += 8
     while e + 4 <= end:
         a0, a1, a2, a3 = A[rows[e]], A[rows[e + 1]], A[rows[e + 2]], A[rows[e + 3]]
         v0, v1, v2, v3 = weights[order[e]], weights[order[e + 1]], weights[order[e + 2]], weights[order[e + 3]]
         for j in range(d):
-            out[j] += v0 * a0[j] + v1 * a1[j] + v2 * a2[j] + v3 * a3[j]
+            out[j] += v0 * widen(a0[j]) + v1 * widen(a1[j]) + v2 * widen(a2[j]) + v3 * widen(a3[j])
         e += 4
     while e < end:
         a, v = A[rows[e]], weights[order[e]]
         for j in range(d):
-            out[j] += v * a[j]
+            out[j] += v * widen(a[j])
         e += 1
 
 

@@ -2,8 +2,8 @@
 
 The candidates do the same work and give the same code (a screened selection is decided in float32), so a plan changes
 how long things take, and the last bits of sums. (But for AuxK: what dead features learn is worked out in bfloat16 where
-the plan screens.) ``UNWEAVE_KERNELS`` pins one: "reference", "cpu", "cpu+screen", "gpu"
-or "gpu+screen".
+the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`PINS`; of these the certified screen, which is slower, and
+bfloat16, which rounds, are for whoever asks for them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from unweave.files import cache_dir, read_json, write_json
 from unweave.kernels.adam.reference import AdamStep, Rows
 from unweave.kernels.backend import BackendName, serves, why_not
 from unweave.kernels.select import TopKRule
-from unweave.kernels.workspace import Plan, Workspace
+from unweave.kernels.workspace import Plan, Workspace, plan_of
 from unweave.progress import track
 
 Purpose = Literal["train", "encode"]
-PINS = ("reference", "cpu", "cpu+screen", "gpu", "gpu+screen")
+PINS = ("reference", "cpu", "cpu+certified", "cpu+screen", "cpu+bfloat16", "gpu", "gpu+screen", "gpu+bfloat16")
 _SMALL = 2**18  # entries of an encoder below which all plans take about as long as the calibration's noise
 _ROUNDS = 3
 _known: dict[str, dict[str, Any]] = {}
@@ -60,7 +60,7 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode") -> Plan:
         known = _read() | {key: measure(W.shape[1], W.shape[0], n_rows, purpose, W.device)}
         _write(known)
     fastest = min(known[key], key=lambda name: known[key][name])
-    return _parse(fastest)
+    return plan_of(fastest)
 
 
 def pin(name: str, W: Tensor | None = None) -> Plan:
@@ -71,7 +71,7 @@ def pin(name: str, W: Tensor | None = None) -> Plan:
     """
     if name not in PINS:
         raise UnweaveError(f"kernels: expected one of {', '.join(PINS)}, found {name!r}")
-    plan = _parse(name)
+    plan = plan_of(name)
     if reason := why_not(plan.backend):
         raise UnweaveError(f"kernels {name!r} cannot be used here: {reason}")
     # A pin is a wish for where it can hold: a float64 dictionary, or one on another device, takes the reference.
@@ -159,7 +159,7 @@ def _jobs(
     X = F.normalize(torch.randn(n_rows, d, generator=generator), dim=1).to(device)
     W = F.normalize(torch.randn(n_features, d, generator=generator), dim=1).to(device)
     make = _train_job if purpose == "train" else _encode_job
-    return {name: make(_parse(name), X, W, min(32, n_features)) for name in names}
+    return {name: make(plan_of(name), X, W, min(32, n_features)) for name in names}
 
 
 def _encode_job(plan: Plan, X: Tensor, W: Tensor, k: int) -> Callable[[], None]:
@@ -175,9 +175,9 @@ def _encode_job(plan: Plan, X: Tensor, W: Tensor, k: int) -> Callable[[], None]:
 
 def _train_job(plan: Plan, X: Tensor, W: Tensor, k: int) -> Callable[[], None]:
     b, bias, work = W.new_zeros(len(W)), X.mean(0), Workspace(plan, W.device)
-    work.shadow = W.bfloat16() if plan.screen else None
-    rows = Rows(W.clone(), torch.zeros_like(W), torch.zeros_like(W), work.shadow)
-    atoms = Rows(W.clone(), torch.zeros_like(W), torch.zeros_like(W), None, True)
+    rows, atoms = (Rows(W.clone(), torch.zeros_like(W), torch.zeros_like(W), None, unit) for unit in (False, True))
+    if plan.low:
+        rows = rows._replace(shadow=work.encoder.follow(rows.W))
     step = AdamStep(1e-9, (0.9, 0.999), 1e-8, 1)
 
     def job() -> None:
@@ -188,11 +188,6 @@ def _train_job(plan: Plan, X: Tensor, W: Tensor, k: int) -> Callable[[], None]:
         work.ops.update.update_rows(rows, columns, grads, X, step)
 
     return job
-
-
-def _parse(name: str) -> Plan:
-    base, _, screen = name.partition("+")
-    return Plan(base, screen == "screen")  # pyright: ignore[reportArgumentType]
 
 
 def _bucket(W: Tensor, n_rows: int, purpose: Purpose) -> str:

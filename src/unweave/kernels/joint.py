@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from unweave.kernels.pattern import Pattern
-from unweave.kernels.select import Exact, Rule, select
-from unweave.kernels.workspace import Plan, Workspace
+from unweave.kernels.select import Rule, select
+from unweave.kernels.workspace import Plan, Shadow, Workspace
 
 
 class JointProduct:
@@ -26,11 +26,12 @@ class JointProduct:
         self.W = torch.cat([W.detach() for W in encoders])
         for encoder, rows in zip(encoders, self.W.split(sizes)):
             encoder.data = rows
-        self.shadow = self.W.bfloat16() if plan.screen else None
+        self.shadow = self.W.bfloat16() if plan.low else None
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.slices = [slice(end - size, end) for end, size in zip(ends, sizes)]
         self._of: Tensor | None = None
         self._scores: Tensor | None = None
+        self._rows: Tensor | None = None
         self._norms: Tensor | None = None
 
     def norms(self, x: Tensor) -> Tensor:
@@ -39,25 +40,49 @@ class JointProduct:
             self._norms = x.norm(dim=1)
         return self._norms
 
-    def scores(self, x: Tensor) -> Tensor:
-        """``(n, sum of n_features)`` for the rows ``x (n, d)``; the same tensor again for the same rows."""
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(n, sum of n_features)`` for the rows ``x (n, d)``, and the rows as they were multiplied.
+
+        The same tensors again for the same rows.
+        """
         if self._of is not x:
             # Dictionaries step one after the other. What the first one's step moves are its own rows of W, so the
             # scores of the others are still those of their present weights.
             W = self.W if self.shadow is None else self.shadow
-            rows = x.to(W.dtype)
+            self._rows = x.to(W.dtype)
             shape = (len(x), len(W))
             if self._scores is None or self._scores.shape != shape:
-                self._scores = rows.new_empty(shape)
-            torch.mm(rows, W.T, out=self._scores)
+                self._scores = self._rows.new_empty(shape)
+            torch.mm(self._rows, W.T, out=self._scores)
             self._of, self._norms = x, None
         assert self._scores is not None
-        return self._scores
+        assert self._rows is not None
+        return self._scores, self._rows
+
+    def forget_scores(self) -> None:
+        """The weights have changed: the same rows have other scores now."""
+        self._of = None
 
     def part(self) -> None:
         """Give every encoder memory of its own again."""
         for encoder in self.encoders:
             encoder.data = encoder.data.clone()
+
+
+class _Slice(Shadow):
+    """The part of a joint product's shadow that belongs to one encoder."""
+
+    def __init__(self, joint: JointProduct, number: int) -> None:
+        super().__init__()
+        self._joint, self._at = joint, joint.slices[number]
+        self.copy = None if joint.shadow is None else joint.shadow[self._at]
+        self._version = joint.encoders[number]._version  # the joint shadow was copied a moment ago
+
+    def forget(self) -> None:
+        """The weights have changed: copy them into the joint shadow now."""
+        if self.copy is not None:
+            self.copy.copy_(self._joint.W[self._at])
+        self._joint.forget_scores()
 
 
 class JointWorkspace(Workspace):
@@ -66,18 +91,7 @@ class JointWorkspace(Workspace):
     def __init__(self, joint: JointProduct, number: int) -> None:
         super().__init__(joint.plan, joint.W.device)
         self._joint, self._slice = joint, joint.slices[number]
-        self._share_shadow()
-        self._version = joint.encoders[number]._version  # the joint shadow was copied a moment ago
-
-    def _share_shadow(self) -> None:
-        self.shadow = None if self._joint.shadow is None else self._joint.shadow[self._slice]
-
-    def forget(self) -> None:
-        """The weights have changed: copy them into the joint shadow now."""
-        self._share_shadow()
-        if self.shadow is not None:
-            self.shadow.copy_(self._joint.W[self._slice])
-        self._joint._of = None
+        self.encoder = _Slice(joint, number)
 
     def select(
         self,
@@ -91,12 +105,10 @@ class JointWorkspace(Workspace):
         assert raw is not None
         rows, centre = raw
         W_enc, shift = W_enc.detach(), b_enc.detach()
-        if self.plan.screen:
-            self._follow(W_enc)
+        if self.plan.low:
+            self.encoder.follow(W_enc)
         if centre is not None:
             shift = shift - W_enc @ centre
-        scores = self._joint.scores(rows)[:, self._slice]
-        exact = None
-        if self.plan.screen:
-            exact = Exact(rows, W_enc, self._joint.norms(rows), self.screen)
-        return select(self.ops.select, rule, scores, shift, exact)
+        scores, multiplied = self._joint.scores(rows)
+        exact = self._exact(rows, multiplied, W_enc, self._joint.norms(rows)) if self.plan.low else None
+        return select(self.ops.select, rule, scores[:, self._slice], shift, exact)

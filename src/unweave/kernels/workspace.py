@@ -1,9 +1,9 @@
-"""What one dictionary needs while it trains or encodes: a plan, buffers used again, the bfloat16 shadow."""
+"""What one dictionary needs while it trains or encodes: a plan, buffers used again, bfloat16 shadows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,47 +11,114 @@ from torch import Tensor
 from unweave.kernels.backend import Backend, BackendName, backend
 from unweave.kernels.pattern import Pattern, concatenate
 from unweave.kernels.select import BatchTopKRule, Exact, Rule, select
-from unweave.kernels.select.screen import Screen
+from unweave.kernels.select.screen import CertifiedScreen, Screen, largest_errors
 
+Scores = Literal["float32", "certified", "screen", "bfloat16"]
+_IN_WORDS: dict[str, str] = {
+    "float32": "exact float32",
+    "certified": "certified bfloat16 screen",
+    "screen": "bfloat16 screen",
+    "bfloat16": "bfloat16",
+}
 _CHUNK = 2048  # rows; a training batch of the usual size is one chunk
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to compute: which kernels, and whether a bfloat16 product screens the features before float32 decides."""
+    """How to compute: which kernels, and how scores, the product of rows and encoder, are made.
+
+    ``scores`` is "float32"; "screen" for a product in bfloat16 that finds candidates, among which float32 decides;
+    "certified" for the same with margins that are proven, not learned; or "bfloat16" for a product that is taken as it
+    is, and where a training step gathers rows and atoms it reads copies in bfloat16 too.
+    """
 
     backend: BackendName = "reference"
-    screen: bool = False
+    scores: Scores = "float32"
+
+    @property
+    def low(self) -> bool:
+        """Whether the product is made in bfloat16."""
+        return self.scores != "float32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}+{self.scores}" if self.low else self.backend
 
     def __str__(self) -> str:
-        return f"{self.backend}, {'bfloat16 screen' if self.screen else 'exact float32'}"
+        return f"{self.backend}, {_IN_WORDS[self.scores]}"
+
+
+def plan_of(name: str) -> Plan:
+    """The plan of that name: a backend, or one with how scores are made behind a "+"."""
+    base, _, scores = name.partition("+")
+    return Plan(base, scores or "float32")  # pyright: ignore[reportArgumentType]
+
+
+class Shadow:
+    """A bfloat16 copy of a weight matrix, kept up to date by the update kernel.
+
+    Attributes:
+        copy: ``(n_features, d)``; None before it was first asked for, and after :meth:`forget`.
+    """
+
+    def __init__(self) -> None:
+        self.copy: Tensor | None = None
+        self._version: int | None = None  # of the weights, as torch counts changes made through torch
+
+    def follow(self, W: Tensor) -> Tensor:
+        """The copy; made anew where there is none, or where somebody but the update kernel has changed the weights."""
+        version = -1 if W.is_inference() else W._version
+        if version != self._version:
+            self.forget()
+        if self.copy is None:
+            self.copy = W.bfloat16()
+        self._version = version
+        return self.copy
+
+    def forget(self) -> None:
+        """The weights have changed: the next step copies them again."""
+        self.copy = None
 
 
 class Workspace:
-    """Scores and shadow of one encoder. Results do not depend on it; only time and memory do.
+    """Scores and shadows of one dictionary. Results do not depend on it; only time and memory do.
 
     Attributes:
         plan: how to compute.
         screen: what is known about the error of bfloat16 scores.
-        shadow: ``(n_features, d)`` bfloat16 copy of the encoder, kept up to date by the update kernel; None when the
-            plan does not screen, or when the weights have changed behind its back (see :meth:`forget`).
+        encoder, decoder: shadows of the weights, of which a plan uses both, the first or none.
     """
 
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self.ops: Backend = backend(plan.backend)
-        self.screen: Any = Screen()
+        self.screen: Any = CertifiedScreen() if plan.scores == "certified" else Screen()
         if plan.backend == "gpu":
             from unweave.kernels._triton import DeviceScreen
 
             self.screen = DeviceScreen(device)
-        self.shadow: Tensor | None = None
-        self._version: int | None = None  # of the weights, as torch counts changes made through torch
+        self.encoder, self.decoder = Shadow(), Shadow()
         self._scores: Tensor | None = None
+        self._last: tuple[Any, Any] = (None, None)  # rows that were selected from, and their bfloat16 copy
 
     def forget(self) -> None:
         """The weights have changed: the next step copies them again."""
-        self.shadow = None
+        self.encoder.forget()
+        self.decoder.forget()
+
+    def atoms(self, W_dec: Tensor) -> Tensor:
+        """The decoder as kernels that gather its rows read it."""
+        return self.decoder.follow(W_dec) if self.plan.scores == "bfloat16" else W_dec
+
+    def rows(self, A: Tensor) -> Tensor:
+        """Rows as kernels that gather them read them."""
+        if self.plan.scores != "bfloat16":
+            return A
+        return self._last[1] if A is self._last[0] else A.bfloat16()
+
+    def shadow_of(self, name: str) -> Tensor | None:
+        """What the update kernel has to keep up to date beside the weights ``W_enc`` or ``W_dec``, if anything."""
+        return (self.encoder if name == "W_enc" else self.decoder).copy if self.plan.low else None
 
     def select(
         self,
@@ -71,42 +138,40 @@ class Workspace:
                 :mod:`unweave.kernels.joint`.
         """
         x, W_enc, b_enc = x.detach(), W_enc.detach(), b_enc.detach()
-        if self.plan.screen:
-            self._follow(W_enc)
         if isinstance(rule, BatchTopKRule) or len(x) <= _CHUNK:
             return self._select(rule, x, W_enc, b_enc, norms)
         # Rows that do not depend on each other go chunk by chunk: the scores stay in a buffer that is warm.
-        norms = x.norm(dim=1) if norms is None and self.plan.screen else norms
         parts = [
             self._select(rule, x[i : i + _CHUNK], W_enc, b_enc, None if norms is None else norms[i : i + _CHUNK])
             for i in range(0, len(x), _CHUNK)
         ]
         return concatenate([pattern for pattern, _ in parts]), torch.cat([values for _, values in parts])
 
-    def _follow(self, W_enc: Tensor) -> None:
-        """Copy the weights where they were not copied yet, or where somebody but the update kernel has changed them."""
-        version = -1 if W_enc.is_inference() else W_enc._version
-        if version != self._version:
-            self.forget()
-        if self.shadow is None:
-            self.shadow = W_enc.bfloat16()
-        self._version = version
-
     def _select(
         self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None
     ) -> tuple[Pattern, Tensor]:
-        if not self.plan.screen:
+        if not self.plan.low:
             scores = torch.mm(x, W_enc.T, out=self._buffer(len(x), len(W_enc), x))
             return select(self.ops.select, rule, scores, b_enc)
-        assert self.shadow is not None
-        low = x.bfloat16()
-        scores = torch.mm(low, self.shadow.T, out=self._buffer(len(x), len(W_enc), low))
-        norms = x.norm(dim=1) if norms is None else norms
-        return select(self.ops.select, rule, scores, b_enc, Exact(x, W_enc, norms, self.screen))
+        low, shadow = x.bfloat16(), self.encoder.follow(W_enc)
+        if self.plan.scores == "bfloat16":
+            self._last = (x, low)
+        scores = torch.mm(low, shadow.T, out=self._buffer(len(x), len(W_enc), low))
+        return select(self.ops.select, rule, scores, b_enc, self._exact(x, low, W_enc, norms))
+
+    def _exact(self, x: Tensor, low: Tensor, W_enc: Tensor, norms: Tensor | None) -> Exact | None:
+        """What bfloat16 scores are checked with; None where they are taken as they are."""
+        if self.plan.scores == "bfloat16":
+            return None
+        if self.plan.scores == "certified":
+            lengths = largest_errors(self.ops.select, x, low, W_enc, self.encoder.follow(W_enc))
+        else:
+            lengths = x.norm(dim=1) if norms is None else norms
+        return Exact(x, W_enc, lengths, self.screen)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` for terms that only nudge (AuxK): in bfloat16 where the plan screens."""
-        return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if self.plan.screen else a @ b
+        """``a @ b`` for terms that only nudge (AuxK): in bfloat16 where the plan does not promise float32."""
+        return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if self.plan.scores in ("screen", "bfloat16") else a @ b
 
     def _buffer(self, n: int, n_features: int, like: Tensor) -> Tensor:
         """Fresh memory costs a page fault for every 4 kB of scores: as much as the product itself."""

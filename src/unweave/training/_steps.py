@@ -18,7 +18,7 @@ from unweave.dictionaries._linear import SPOKEN_FOR, LinearDictionary
 from unweave.kernels.adam.reference import AdamStep, Rows
 from unweave.kernels.backend import serves
 from unweave.kernels.threads import serial
-from unweave.kernels.workspace import Plan, Workspace
+from unweave.kernels.workspace import Plan, Workspace, plan_of
 
 _TORCH_CLIP_EPS = 1e-6  # torch adds it to the norm it divides by; so do we
 
@@ -157,9 +157,8 @@ class ClosedFormStep(AutogradStep):
         dictionary: Any = self.dictionary
         parameter = self.parameters[name]
         state = self._state(parameter)
-        encoder = name == "W_enc"
-        shadow = self.work.shadow if encoder and self.plan.screen else None
-        unit_norm = dictionary.unit_norm and not encoder
+        unit_norm = dictionary.unit_norm and name != "W_enc"
+        shadow = self.work.shadow_of(name)
         return Rows(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], shadow, unit_norm)
 
     def _adam(self, name: str, lr: float) -> AdamStep:
@@ -176,12 +175,12 @@ class ClosedFormStep(AutogradStep):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"backend": self.plan.backend, "screen": self.plan.screen, "work": self.work.state_dict()}
+        return {"plan": self.plan.name, "work": self.work.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not state:
             return
-        plan = Plan(state["backend"], bool(state["screen"]))
+        plan = plan_of(state["plan"])
         if plan != self.plan and serves(plan.backend, self.parameters["W_enc"]):
             # The last bits of sums depend on the plan, and a resumed run has to end with the bits of one that was
             # never killed. On another device there is no such promise to keep.

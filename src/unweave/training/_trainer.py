@@ -137,11 +137,12 @@ class Trainer:
     def _prepared(self, rows: Chunk) -> Prepared:
         """Rows as the dictionary is trained on them: float32, on its device, scaled (but for side inputs)."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, torch.float32, non_blocking=True)
+        def moved(tensor: Tensor, scale: float = 1.0) -> Tensor:
+            tensor = tensor.to(self.device, torch.float32, non_blocking=True)
+            return tensor if scale == 1 else tensor * scale
 
-        x = moved(rows.input) * self.scale
-        target = x if rows.target is rows.input else moved(rows.target) * (self.target_scale or 1.0)
+        x = moved(rows.input, self.scale)
+        target = x if rows.target is rows.input else moved(rows.target, self.target_scale or 1.0)
         return x, target, None if rows.side is None else moved(rows.side)
 
     def _count(self, loss: Loss, values: dict[str, float]) -> Tensor:

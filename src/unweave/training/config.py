@@ -9,6 +9,19 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from unweave.config import Config
 
+Engine = Literal[
+    "auto",
+    "autograd",
+    "reference",
+    "cpu",
+    "cpu+certified",
+    "cpu+screen",
+    "cpu+bfloat16",
+    "gpu",
+    "gpu+screen",
+    "gpu+bfloat16",
+]
+
 
 class TrainingConfig(Config):
     """How to train a dictionary.
@@ -35,9 +48,10 @@ class TrainingConfig(Config):
         checkpoint_every: steps between checkpoints; 0 for none; None: about once a minute of work.
         keep_checkpoint: keep the last checkpoint (optimiser and all) after training ends.
         engine: how a step is computed. "auto": in closed form where the architecture has one, with the kernels that
-            were fastest on this machine (see ``unweave doctor``); "cpu", "cpu+screen", "gpu", "gpu+screen" or
-            "reference" pins them; "autograd" does without. Results agree to float32's last digits, but what AuxK adds
-            only to bfloat16's where the plan screens.
+            were fastest on this machine (see ``unweave doctor``). "reference", "cpu", "cpu+certified", "cpu+screen",
+            "gpu" or "gpu+screen" pins them, "autograd" does without. All of these agree to float32's last digits (but
+            what AuxK adds, to bfloat16's where the plan screens). "cpu+bfloat16" and "gpu+bfloat16", the fastest, round
+            codes, atoms, rows and errors to bfloat16 where a step reads them; weights and moments stay float32.
         precision: of matrix products on NVIDIA cards. "tf32" keeps 10 bits of mantissa, more than the bfloat16 the
             activations were stored in; processors always work in float32.
     """
@@ -62,7 +76,7 @@ class TrainingConfig(Config):
     log_every: PositiveInt | None = None
     checkpoint_every: NonNegativeInt | None = None
     keep_checkpoint: bool = False
-    engine: Literal["auto", "autograd", "reference", "cpu", "cpu+screen", "gpu", "gpu+screen"] = "auto"
+    engine: Engine = "auto"
     precision: Literal["float32", "tf32"] = "tf32"
 
     @property

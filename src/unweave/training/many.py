@@ -228,7 +228,8 @@ def _join(trainers: list[Trainer]) -> list[JointProduct]:
     """Let members that are trained in closed form by the same plan, from the same rows, share one encoder product."""
     groups: dict[Any, list[tuple[Trainer, ClosedFormStep]]] = {}
     for trainer in trainers:
-        if isinstance(trainer.stepper, ClosedFormStep):
+        # A joint product is of rows before any centre is taken off: too long for scores that stay in bfloat16.
+        if isinstance(trainer.stepper, ClosedFormStep) and trainer.stepper.plan.scores != "bfloat16":
             key = (trainer.stepper.plan, trainer.dictionary.d_in, trainer.scale)
             groups.setdefault(key, []).append((trainer, trainer.stepper))
     joints = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from unweave.kernels._jit import array, dot, inline, jit, run
+from unweave.kernels._jit import array, dot, inline, jit, run, write_row
 from unweave.kernels.adam.reference import AdamStep, Rows
 
 
@@ -27,9 +27,8 @@ def step_row(w, g, first, second, clip, beta1, beta2, step_size, correction, eps
         scale = one / max(np.sqrt(dot(w, w)), np.float32(1e-12))
         for j in range(len(w)):
             w[j] *= scale
-    for j in range(len(shadow)):
-        bits = np.float32(w[j]).view(np.int32)
-        shadow[j] = np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)  # to the nearest, ties to even
+    if len(shadow) > 0:
+        write_row(shadow, w, one)
 
 
 @inline

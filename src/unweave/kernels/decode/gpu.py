@@ -57,7 +57,8 @@ def decode_residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`unweave.kernels.decode.reference.decode_residual`, in float32; what is read may be bfloat16."""
     n, d = target.shape
-    error, grads = torch.empty(n, d, device=target.device), torch.empty(len(values), device=target.device)
+    error = torch.empty(n, d, dtype=W_dec.dtype, device=target.device)
+    grads = torch.empty(len(values), device=target.device)
     squares = torch.empty(n, device=target.device)
     read = (
         pattern.offsets,

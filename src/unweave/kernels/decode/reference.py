@@ -27,9 +27,10 @@ def decode_residual(
         scale: of the gradient: 2 / n for a squared error averaged over n rows.
 
     Returns:
-        ``error (n, d) = scale (x_hat - target)``, the gradient of the reconstruction; ``grads (nnz,)``, that gradient
+        ``error (n, d) = scale (x_hat - target)``, the gradient of the reconstruction, in the type of W_dec; ``grads (nnz,)``, that gradient
         at every code value, ``error[row] . W_dec[feature]``; ``squares (n,) = ||x_hat - target||^2``.
     """
-    difference = decode(pattern, values, W_dec) + b_dec - target
+    W = W_dec.to(values.dtype)
+    difference = decode(pattern, values, W) + b_dec - target
     error = difference * scale
-    return error, gather_dot(pattern, error, W_dec), difference.square().sum(1)
+    return error.to(W_dec.dtype), gather_dot(pattern, error, W), difference.square().sum(1)

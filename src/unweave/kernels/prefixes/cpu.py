@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.kernels._jit import array, dot, jit, run
+from unweave.kernels._jit import array, dot, jit, run, widen
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.prefixes.reference import group_of
 
@@ -26,7 +26,7 @@ def _decode_prefixes(
                 if groups[e] == g:
                     w, v = W[indices[e]], values[e]
                     for j in range(d):
-                        running[j] += v * w[j]
+                        running[j] += v * widen(w[j])
             row, scale = errors[b, g], scales[g]
             squares[b, g] = dot(running, running)
             for j in range(d):
@@ -42,7 +42,7 @@ def _decode_prefixes(
 def decode_prefixes(
     pattern: Pattern, values: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor, ends: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`unweave.kernels.prefixes.reference.decode_prefixes`, in float32."""
+    """As :func:`unweave.kernels.prefixes.reference.decode_prefixes`, in float32; ``W_dec`` may be bfloat16."""
     n, d = target.shape
     errors, squares = torch.empty(n, len(ends), d), torch.empty(n, len(ends))
     grads = torch.empty(len(values))

@@ -40,12 +40,13 @@ Rule = TopKRule | BatchTopKRule | AboveRule
 class Exact(NamedTuple):
     """What bfloat16 scores were made from, so that candidates can be worked out again in float32.
 
-    ``X (n, d)``, ``W (n_features, d)``, ``norms (n,)`` of the rows of X, and the screen to consult and teach.
+    ``X (n, d)``, ``W (n_features, d)``, the screen to consult and teach, and ``lengths (n,)``: a row's scores are taken
+    to be wrong by at most ``screen.tolerance * lengths``.
     """
 
     X: Tensor
     W: Tensor
-    norms: Tensor
+    lengths: Tensor
     screen: Any  # a Screen, or what stands for it on a GPU
 
 
@@ -56,7 +57,7 @@ def select(
 
     Args:
         ops: the module that carries it out: ``select.reference``, ``select.cpu`` or ``select.gpu``.
-        scores: ``(n, n_features)``; bfloat16 ones are only a screen, and need ``exact``.
+        scores: ``(n, n_features)``; bfloat16 ones are taken as they are, or with ``exact`` as a screen.
         shift: ``(n_features,)``, or None for zero (with the reference only).
     """
     if isinstance(rule, TopKRule):

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.kernels._jit import array, dot, dots, inline, jit, run, widen
+from unweave.kernels._jit import array, dots, inline, jit, run, widen
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import Exact
 
 _MIN_GROUPS = 128
 _GROUPS_OF_8 = 768  # at most; beyond, groups of 16: more groups are more bookkeeping, larger ones more to look through
-_ROUNDING = np.float32(2.0**-8)  # twice bfloat16's, of the score itself
+_ROUNDING = np.float32(2.0**-8)  # bfloat16's, of the score itself
+_TWICE = np.float32(2.02)  # two margins, and what the rounding of a score of another size differs by
 _TRIES = 4  # widenings of a margin; each is at least as wide as the largest error met
 _LOWEST = np.float32(-np.inf)
+_UP = np.float32(1 + 2.0**-10)  # a float32 sum of squares is wrong by less, for rows of any width in use
 _HUGE = np.float32(1e38)  # twice that is still a number
 _BY_VALUE = 24  # rounds of bisection: enough for scores of like size
 
@@ -175,46 +177,53 @@ def _topk(lo, hi, P, start, shift, k, signed, n_groups, indices, values):
 
 @jit
 def _screen_topk(
-    lo, hi, P, start, shift, k, signed, n_groups, X, W, tolerance, largest_shift, indices, values, worst, redone
-):
+    lo, hi, P, start, shift, k, signed, n_groups, X, W, tolerance, lengths, largest_shift,
+    indices, values, worst, redone,
+):  # fmt: skip
     m = len(shift)
     maxima, scratch, exact = np.empty(n_groups, np.float32), np.empty(m + 1, np.float32), np.empty(m + 1, np.float32)
-    hot, found = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32)
+    hot, found, near = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
     for b in range(lo, hi):
         p, x = P[b, start : start + m], X[b]
-        norm = np.sqrt(dot(x, x))
         _group_maxima(p, shift, signed, maxima)
         bound = _bound(maxima, k, scratch)
-        error = tolerance * norm
+        error = tolerance * lengths[b]
         off = np.float32(0)
         for _ in range(_TRIES):
-            low = bound - 2 * (error + _ROUNDING * (abs(bound) + largest_shift))
+            low = bound - _TWICE * (error + _ROUNDING * (abs(bound) + largest_shift))
             n = _collect(p, shift, signed, maxima, low, hot, found)
-            if 4 * n > 5 * k:  # the k-th largest is among these: a tighter bound than the groups gave
-                for q in range(n):
-                    score = widen(p[found[q]]) + shift[found[q]]
-                    scratch[q] = abs(score) if signed else score
-                tight = _cut(scratch, n, k)[0]
-                low = tight - 2 * (error + _ROUNDING * (abs(tight) + largest_shift))
-                kept = 0
-                for q in range(n):
-                    j, score = found[q], scratch[q]
-                    found[kept] = j
-                    kept += score >= low
-                n = kept
-            dots(x, W, found, 0, n, exact)
-            off = np.float32(0)
             for q in range(n):
-                screened = widen(p[found[q]])
+                score = widen(p[found[q]]) + shift[found[q]]
+                scratch[q] = abs(score) if signed else score
+            cut = _cut(scratch, n, k)[0] if n > k else low
+            # The best by the screen come first: the smallest of their true scores bounds the k-th largest from below,
+            # and of the others only those are worked out that may reach it.
+            n_near = 0
+            for q in range(n):
+                near[n_near] = found[q]
+                n_near += scratch[q] >= cut
+            n_first, least = n_near, _HUGE
+            dots(x, W, near, 0, n_first, exact)
+            for q in range(n_first):
+                score = exact[q] + shift[near[q]]
+                least = min(least, abs(score) if signed else score)
+            low = least - error - _ROUNDING * (abs(least) + largest_shift)
+            for q in range(n):
+                near[n_near] = found[q]
+                n_near += scratch[q] < cut and scratch[q] >= low
+            dots(x, W, near, n_first, n_near, exact)
+            off = np.float32(0)
+            for q in range(n_near):
+                screened = widen(p[near[q]])
                 off = max(off, abs(exact[q] - screened) - _ROUNDING * abs(screened))
-                exact[q] += shift[found[q]]
+                exact[q] += shift[near[q]]
                 scratch[q] = abs(exact[q]) if signed else exact[q]
             if off <= error:
                 break
             redone[b] = 1
             error = 2 * off
-        worst[b] = off / norm if norm > 0 else np.float32(0)
-        _keep(found, scratch, exact, n, k, indices[b], values[b])
+        worst[b] = off / lengths[b] if lengths[b] > 0 else np.float32(0)
+        _keep(near, scratch, exact, n_near, k, indices[b], values[b])
 
 
 # ---- every score above a bound ------------------------------------------------------------------------------------
@@ -283,7 +292,25 @@ def _refine(lo, hi, offsets, indices, X, W, out):
         dots(x, W, indices, offsets[b], offsets[b + 1], out)
 
 
+@jit
+def _rounding_errors(lo, hi, A, low, norms, off):
+    for b in range(lo, hi):
+        row, rounded, total, lost = A[b], low[b], np.float32(0), np.float32(0)
+        for j in range(len(row)):
+            left = row[j] - widen(rounded[j])
+            total += row[j] * row[j]
+            lost += left * left
+        norms[b], off[b] = np.sqrt(total) * _UP, np.sqrt(lost) * _UP
+
+
 # ---- what callers use ----------------------------------------------------------------------------------------------
+
+
+def rounding_errors(A: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    """At least the norms of the rows of A, and of what they lost in the bfloat16 copy ``low``; both ``(n,)``."""
+    norms, off = torch.empty(len(A)), torch.empty(len(A))
+    run(_rounding_errors, len(A), *map(array, (A, low, norms, off)), work=2 * A.shape[1])
+    return norms, off
 
 
 def topk(
@@ -292,7 +319,7 @@ def topk(
     """The ``k`` largest of ``scores + shift`` in each row.
 
     Args:
-        scores: ``(n, n_features)`` float32; or bfloat16, which needs ``exact``.
+        scores: ``(n, n_features)`` float32; or bfloat16, to be taken as they are or, with ``exact``, as a screen.
         shift: ``(n_features,)``, added to every row (the encoder's bias).
         signed: rank by absolute value.
 
@@ -309,7 +336,7 @@ def topk(
         run(_topk, n, *_columns(scores), array(shift), k, signed, n_groups, array(indices), array(values), work=m)
     else:
         worst, redone = np.zeros(n, np.float32), np.zeros(n, np.int32)
-        margin = np.float32(exact.screen.tolerance), _largest(shift)
+        margin = np.float32(exact.screen.tolerance), array(exact.lengths), _largest(shift)
         scored = *_columns(scores), array(shift), k, signed, n_groups
         into = array(indices), array(values), worst, redone
         run(_screen_topk, n, *scored, array(exact.X), array(exact.W), *margin, *into, work=m)
@@ -332,7 +359,7 @@ def above(
     """
     threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(len(shift))
     for attempt in range(_TRIES):
-        slack = None if exact is None else exact.screen.tolerance * exact.norms
+        slack = None if exact is None else exact.screen.tolerance * exact.lengths
         pattern, found = _entries(scores, shift - threshold, 0.0, slack, expected)
         feature = pattern.indices.long()
         if exact is None:
@@ -360,27 +387,29 @@ def batch_topk(
     if n_keep == 0:
         return _empty(n, m), torch.zeros(0)
     guess = bound if bound is not None and bound > 0 else _sampled_bound(scores, shift, n_keep)
-    typical = 0.0 if exact is None else exact.screen.tolerance * float(exact.norms.median())
     while True:
-        slack = None if exact is None else 2 * (exact.screen.tolerance * exact.norms + typical)
-        pattern, found = _entries(scores, shift, guess, slack, 2.0 * n_keep / max(1, n))
-        # Entries in reach only through their row's slack do not count: they may be far below the guess.
-        enough = int((found >= guess).sum()) >= n_keep
-        if enough or guess <= 0:
-            kth = _kth_largest(found, n_keep) if len(found) >= n_keep else 0.0
-            if exact is None or slack is None or not math.isfinite(kth):
-                return _best(pattern, found, n_keep)
-            low = kth - (slack + 2 * _ROUNDING * (abs(kth) + _largest(shift)))
-            near = found >= low[pattern.rows]
-            pattern, found = _keep_entries(pattern, found, near)
-            values, fits = _refined(pattern, found - shift[pattern.indices.long()], exact)
-            values = values + shift[pattern.indices.long()]
-            truth = _kth_largest(values, n_keep) if len(values) >= n_keep else 0.0
-            if fits and (truth >= kth * (1 - float(_ROUNDING)) - 2 * typical or kth <= 0):
-                return _best(pattern, values, n_keep)
-            typical = max(2 * typical, kth - truth)
+        margin = None if exact is None else exact.screen.tolerance * exact.lengths
+        pattern, found = _entries(scores, shift, guess, margin, 2.0 * n_keep / max(1, n))
+        # Entries in reach only through their row's margin do not count: they may be far below the guess.
+        if int((found >= guess).sum()) < n_keep and guess > 0:
+            guess = min(0.9 * guess, _sampled_bound(scores, shift, n_keep)) if guess > 1e-6 else 0.0
             continue
-        guess = min(0.9 * guess, _sampled_bound(scores, shift, n_keep)) if guess > 1e-6 else 0.0
+        kth = _kth_largest(found, n_keep) if len(found) >= n_keep else 0.0
+        if exact is None or margin is None or not math.isfinite(kth):
+            return _best(pattern, found, n_keep)
+        # As in _screen_topk: the best by the screen bound the n_keep-th largest, then whatever may reach that.
+        offset, first = shift[pattern.indices.long()], found >= kth
+        values, fit_first = _refined(pattern, found - offset, exact, first)
+        values = values + offset
+        least = max(0.0, _kth_largest(values[first], n_keep)) if int(first.sum()) >= n_keep else 0.0
+        if least < guess:  # what may reach it was not collected
+            guess = least
+            continue
+        reach = found + margin[pattern.rows] >= least - _ROUNDING * (least + _largest(shift))
+        others, fit_others = _refined(pattern, found - offset, exact, reach & ~first)
+        if fit_first and fit_others:
+            values = torch.where(first, values, others + offset)
+            return _best(*_keep_entries(pattern, values, first | reach), n_keep)
 
 
 def _columns(scores: Tensor) -> tuple[np.ndarray, int]:
@@ -430,15 +459,22 @@ def _entries(
     return Pattern(offsets, packed, m), packed_scores
 
 
-def _refined(pattern: Pattern, screened: Tensor, exact: Exact) -> tuple[Tensor, bool]:
-    """Candidates in float32 (without shift), and whether no error was larger than the margin they were found with."""
+def _refined(pattern: Pattern, screened: Tensor, exact: Exact, which: Tensor | None = None) -> tuple[Tensor, bool]:
+    """Candidates in float32 (without shift), and whether no error was larger than the margin they were found with.
+
+    With ``which``, a mask of the entries, only those are worked out; the others are zero.
+    """
+    if which is not None:
+        part, part_screened = _keep_entries(pattern, screened, which)
+        values, fits = _refined(part, part_screened, exact)
+        return torch.zeros(len(screened)).masked_scatter_(which, values), fits
     values = torch.empty(len(pattern.indices))
     work = len(values) / max(1, pattern.n_rows) * exact.X.shape[1]
     run(_refine, pattern.n_rows, *map(array, (pattern.offsets, pattern.indices, exact.X, exact.W, values)), work=work)
     if len(values) == 0:
         return values, True
-    norms = exact.norms[pattern.rows].clamp_min(1e-30)
-    off = ((values - screened).abs() - float(_ROUNDING) * screened.abs()) / norms
+    lengths = exact.lengths[pattern.rows].clamp_min(1e-30)
+    off = ((values - screened).abs() - float(_ROUNDING) * screened.abs()) / lengths
     worst, tolerance = float(off.max()), exact.screen.tolerance
     wrong = off > tolerance
     n_redone = len(pattern.rows[wrong].unique()) if worst > tolerance else 0

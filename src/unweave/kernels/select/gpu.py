@@ -95,7 +95,7 @@ def _lowest(bound, error):
 
 @jit
 def _find(
-    scores, shift, norms, margin, candidates, counts, bounds, m, k,
+    scores, shift, lengths, margin, candidates, counts, bounds, m, k,
     SIGNED: constexpr, SCREENED: constexpr, CAPACITY: constexpr, GROUPS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """One program per row: the bound from group maxima, then the entries that may be among the k largest."""
@@ -108,7 +108,7 @@ def _find(
     bound = kth_largest(maxima, k, 18)  # rounded down: a bound all the same, in half the time
     low = bound
     if SCREENED:
-        low = _lowest(bound, tl.load(margin) * tl.load(norms + row))
+        low = _lowest(bound, tl.load(margin) * tl.load(lengths + row))
     tl.store(bounds + row, bound)
     found = candidates + row * CAPACITY
     tl.store(counts + row, _reach(scores, shift, row, low, m, found, CAPACITY, SIGNED, SCREENED, BLOCK))
@@ -126,7 +126,7 @@ def _refine(X, W, candidates, counts, refined, d, CAPACITY: constexpr, BLOCK_E: 
 
 @jit
 def _cut(
-    scores, shift, norms, margin, candidates, counts, refined, indices, values, worst, again, m, k,
+    scores, shift, lengths, margin, candidates, counts, refined, indices, values, worst, again, m, k,
     SIGNED: constexpr, SCREENED: constexpr, CAPACITY: constexpr,
 ):  # fmt: skip
     """One program per row: the k largest of its candidates, in order of their index; of equals, the first.
@@ -143,7 +143,7 @@ def _cut(
     failed = count > CAPACITY
     if SCREENED:
         truth = tl.load(refined + row * CAPACITY + c, mask=inside, other=0.0)
-        norm = tl.load(norms + row)
+        norm = tl.load(lengths + row)
         beyond = tl.abs(truth - raw) - ROUNDING * tl.abs(raw)
         off = tl.max(tl.where(inside & (beyond > 0), beyond, 0.0))
         tl.store(worst + row, tl.where(norm > 0, off / norm, 0.0))
@@ -169,7 +169,7 @@ def _cut(
 
 @jit
 def _redo(
-    scores, shift, X, W, norms, margin, bounds, again, worst, found, ranks, indices, values, n_rows, m, d, k,
+    scores, shift, X, W, lengths, margin, bounds, again, worst, found, ranks, indices, values, n_rows, m, d, k,
     SIGNED: constexpr, SCREENED: constexpr, BLOCK: constexpr, BLOCK_E: constexpr, BLOCK_D: constexpr,
 ):  # fmt: skip
     """Rows marked in ``again``, with room for all their entries; programs take rows in turn. Slow, and rarely needed.
@@ -183,7 +183,7 @@ def _redo(
         if tl.load(again + row) > 0:
             norm, off, attempt, done = 0.0, 0.0, 0, 0
             if SCREENED:
-                norm = tl.load(norms + row)
+                norm = tl.load(lengths + row)
                 off = 0.5 * tl.maximum(tl.load(margin) * norm, 2 * tl.load(worst + row) * norm)
             count = 0
             while done == 0:
@@ -261,21 +261,26 @@ def topk(
     candidates = torch.empty(n, capacity, dtype=torch.int32, device=device)
     counts, bounds, again = torch.empty(3, n, dtype=torch.int32, device=device)
     values, worst = torch.empty(n, k, device=device), torch.zeros(n, device=device)
-    X = W = norms = margin = refined = shift  # not read without a screen
+    X = W = lengths = margin = refined = shift  # not read without a screen
     d, blocks = 1, tile(1, _ENTRIES)
     if exact is not None:
-        X, W, norms, margin = exact.X.contiguous(), exact.W.contiguous(), exact.norms, margin_of(exact.screen, device)
+        X, W, lengths, margin = (
+            exact.X.contiguous(),
+            exact.W.contiguous(),
+            exact.lengths,
+            margin_of(exact.screen, device),
+        )
         refined = torch.empty(n, capacity, device=device)
         d, blocks = X.shape[1], tile(X.shape[1], _ENTRIES)
-    launch(_find, (n,), scores, shift, norms, margin, candidates, counts, bounds, m, k, **flags, **plan)
+    launch(_find, (n,), scores, shift, lengths, margin, candidates, counts, bounds, m, k, **flags, **plan)
     if exact is not None:
         launch(_refine, (n, capacity // _ENTRIES), X, W, candidates, counts, refined, d, capacity, **blocks)
-    read = (scores, shift, norms, margin, candidates, counts, refined)
+    read = (scores, shift, lengths, margin, candidates, counts, refined)
     launch(_cut, (n,), *read, indices, values, worst, again, m, k, **flags, CAPACITY=capacity, num_warps=4)
     n_programs = max(1, min(n, 1024, _SCRATCH_BYTES // (8 * m)))
     found = torch.empty(n_programs, m, dtype=torch.int32, device=device)
     ranks = torch.empty(n_programs, m, device=device)
-    read = (scores, shift, X, W, norms, margin, bounds, again)
+    read = (scores, shift, X, W, lengths, margin, bounds, again)
     into = (worst, found, ranks, indices, values, n, m, d, k)
     launch(_redo, (n_programs,), *read, *into, **flags, BLOCK=_BLOCK // 2, **blocks)
     if exact is not None:
@@ -387,7 +392,7 @@ def above(
         pattern, raw = _candidates(scores, shift, threshold, None, True, expected)
         return pattern, raw + shift[pattern.indices.long()]
     for attempt in range(_ATTEMPTS.value):
-        slack = margin_of(exact.screen, device) * exact.norms
+        slack = margin_of(exact.screen, device) * exact.lengths
         pattern, screened = _candidates(scores, shift, threshold, slack, False, expected)
         raw, fits = _refined(pattern, screened, slack, exact)
         if fits or attempt == _ATTEMPTS.value - 1:
@@ -413,7 +418,7 @@ def batch_topk(
         return Pattern(torch.zeros(n + 1, dtype=torch.long, device=device), empty.int(), m), empty
     guess, attempt = bound if bound is not None and bound > 0 else _sampled_bound(scores, shift, n_keep), 0
     while True:
-        slack = None if exact is None else margin_of(exact.screen, device) * exact.norms
+        slack = None if exact is None else margin_of(exact.screen, device) * exact.lengths
         pattern, raw = _candidates(
             scores, shift, torch.full((1,), guess, device=device), slack, False, 3.0 * n_keep / n
         )
@@ -450,7 +455,7 @@ def _refined(pattern: Pattern, screened: Tensor, slack: Tensor, exact: Any) -> t
     off = (values - screened).abs() - ROUNDING.value * screened.abs()
     wrong = torch.zeros(pattern.n_rows, dtype=torch.bool, device=values.device)
     wrong[rows[off > slack[rows]]] = True
-    worst = torch.nan_to_num(off / exact.norms[rows].clamp_min(1e-30), nan=0.0, posinf=0.0).max()
+    worst = torch.nan_to_num(off / exact.lengths[rows].clamp_min(1e-30), nan=0.0, posinf=0.0).max()
     n_wrong = wrong.sum()
     teach(exact.screen, worst, n_wrong, pattern.n_rows)
     return values, not bool(n_wrong)

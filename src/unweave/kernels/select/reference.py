@@ -41,8 +41,16 @@ def above(
     return pattern, u.reshape(-1)[pattern.flat]
 
 
+def rounding_errors(A: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of the rows of A, and of what they lost in the bfloat16 copy ``low``; both ``(n,)``."""
+    return A.norm(dim=1), (A - low).norm(dim=1)
+
+
 def _pre_activations(scores: Tensor, shift: Tensor | None, exact: Exact | None) -> Tensor:
-    scores = scores if exact is None else exact.X @ exact.W.T
+    if exact is not None:
+        scores = exact.X @ exact.W.T
+    elif scores.dtype == torch.bfloat16:
+        scores = scores.float()
     return scores if shift is None else scores + shift
 
 

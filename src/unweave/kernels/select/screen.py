@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from torch import Tensor
+
+_ROUNDING = 2.0**-8  # of bfloat16
 
 
 class Screen:
@@ -31,3 +36,32 @@ class Screen:
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.tolerance, self.n_redone = float(state["tolerance"]), int(state["n_redone"])
         self.n_rows = int(state["n_rows"])
+
+
+class CertifiedScreen(Screen):
+    """Margins from :func:`largest_errors`, which nothing exceeds: there is nothing to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tolerance = 1.0
+
+    def update(self, worst: float, n_redone: int, n_rows: int) -> None:
+        self.n_redone += n_redone
+        self.n_rows += n_rows
+
+
+def largest_errors(ops: Any, x: Tensor, low: Tensor, W: Tensor, shadow: Tensor) -> Tensor:
+    """``(n,)``: by how much any bfloat16 score of a row can differ from the float32 one, beyond its own rounding.
+
+    With ``x`` and ``W`` rounded to ``x'`` and ``W'``, a score is wrong by ``(x - x') W + x' (W - W')`` and by what the
+    float32 sums of both products lose, in whatever order they are made: at most ``|x - x'| |W|`` and so on, with norms
+    that are measured. Numbers too small for float32's full precision are left out of account.
+
+    Args:
+        ops: the module that measures: ``select.reference`` or ``select.cpu``.
+        x: ``(n, d)``. W: ``(n_features, d)``. low, shadow: their bfloat16 copies.
+    """
+    norms, lost = ops.rounding_errors(x, low)
+    longest, furthest = (float(of.max()) if len(of) else 0.0 for of in ops.rounding_errors(W, shadow))
+    sums = 4 * (x.shape[1] + 8) * 2.0**-24  # two sums of as many products each; twice, for what bounds leave out
+    return lost * longest + norms * ((1 + _ROUNDING) * furthest + sums * longest)
