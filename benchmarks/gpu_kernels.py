@@ -171,7 +171,7 @@ def gather(size: Size, setting: Setting) -> dict[str, Any]:
         pattern, values, X = case.pattern, case.values, case.X
         low_W, low_X = case.W.bfloat16(), X.bfloat16()
         dense = pattern.densify(values).bfloat16()
-        columns = csc.csc(case.rows, pattern.indices, size.n_features)
+        columns = csc.csc(pattern)
         decoding: Jobs = {
             "dense, bfloat16": lambda dense=dense, W=low_W: dense @ W,
             "gather, float32": lambda c=case: decode.decode(c.pattern, c.values, c.W),
@@ -196,7 +196,7 @@ def ops(size: Size, setting: Setting) -> dict[str, Any]:
     low_X, low_W = case.X.bfloat16(), case.W.bfloat16()
     low = low_X @ low_W.T
     pattern, values, X, W = case.pattern, case.values, case.X, case.W
-    columns = csc.csc(case.rows, pattern.indices, size.n_features)
+    columns = csc.csc(pattern)
     atoms, encoder = case.matrix(unit_norm=True), case.matrix(unit_norm=False)
     bound = float(values.min()) * 0.9
     G = torch.randn_like(W)
@@ -205,7 +205,7 @@ def ops(size: Size, setting: Setting) -> dict[str, Any]:
         "decode, residual, loss, value gradients": lambda: decode.decode_residual(
             pattern, values, W, X[0], X, 2 / len(X)
         ),
-        "csc": lambda: csc.csc(case.rows, pattern.indices, size.n_features),
+        "csc": lambda: csc.csc(pattern),
         "update rows, unit norm": lambda: update.update_rows(atoms, columns, values, X, case.step),
         "update rows": lambda: update.update_rows(encoder, columns, values, X, case.step),
         "adam rows, given the gradient": lambda: adam.adam_rows(encoder, G, case.step),
@@ -234,7 +234,6 @@ def ops(size: Size, setting: Setting) -> dict[str, Any]:
 def step(size: Size, setting: Setting) -> dict[str, Any]:
     """A TopK training step without clipping, AuxK and logging on both sides. The first job is the encoder product."""
     select, decode, gradients, csc, update = map(our, ("select", "decode", "gradients", "csc", "update"))
-    rows_of = importlib.import_module("unweave.kernels._triton").rows_of
     case = Case(size, setting)
     X, b_dec, b_enc = case.X, torch.zeros(size.d, device=setting.device), case.shift
     encoder, atoms = case.matrix(unit_norm=False), case.matrix(unit_norm=True)
@@ -247,7 +246,7 @@ def step(size: Size, setting: Setting) -> dict[str, Any]:
         values = u.relu()
         error, grads, _ = decode.decode_residual(pattern, values, atoms.W, b_dec, X, 2 / len(X))
         grads = grads * (u > 0)
-        columns = csc.csc(rows_of(pattern), pattern.indices, size.n_features)
+        columns = csc.csc(pattern)
         gradients.sum_over(columns, grads)
         update.update_rows(atoms, columns, values, error, case.step)
         update.update_rows(encoder, columns, grads, X, case.step)

@@ -83,11 +83,18 @@ def _llamascopium(arch: str, setting: str) -> Callable[[Setup], Peer]:
     return build
 
 
-OUR_ENGINES = ("autograd", "exact", "screen")
+def _unweave_rows(arch: str, auxk: bool = False) -> list[Row]:
+    return [
+        Row(f"unweave/{engine}", _unweave(arch, engine), ours=True, auxk=auxk, bf16=engine == "bfloat16")
+        for engine in OUR_ENGINES
+    ]
+
+
+OUR_ENGINES = ("autograd", "exact", "certified", "screen", "bfloat16")
 
 TRAIN: dict[str, list[Row]] = {
     "TopK": [
-        *(Row(f"unweave/{engine}", _unweave("TopK", engine), ours=True, auxk=True) for engine in OUR_ENGINES),
+        *_unweave_rows("TopK", auxk=True),
         Row("eai-sparsify/adam", _sparsify("adam"), auxk=True),
         Row("eai-sparsify/signum", _sparsify("signum")),
         Row("eai-sparsify/groupmax", _sparsify("groupmax"), exact=False),
@@ -104,7 +111,7 @@ TRAIN: dict[str, list[Row]] = {
         Row("llamascopium/fastest", _llamascopium("TopK", "fastest"), bf16=True, auxk=True),
     ],
     "BatchTopK": [
-        *(Row(f"unweave/{engine}", _unweave("BatchTopK", engine), ours=True) for engine in OUR_ENGINES),
+        *_unweave_rows("BatchTopK"),
         Row("dictionary_learning/default", _dictionary_learning("BatchTopK", "default")),
         Row("dictionary_learning/autocast", _dictionary_learning("BatchTopK", "autocast"), bf16=True),
         Row("sae-lens/default", _sae_lens("BatchTopK", "default")),
@@ -112,7 +119,7 @@ TRAIN: dict[str, list[Row]] = {
         Row("llamascopium/fastest", _llamascopium("BatchTopK", "fastest"), bf16=True),
     ],
     "JumpReLU": [
-        *(Row(f"unweave/{engine}", _unweave("JumpReLU", engine), ours=True) for engine in OUR_ENGINES),
+        *_unweave_rows("JumpReLU"),
         Row("dictionary_learning/default", _dictionary_learning("JumpReLU", "default")),
         Row("dictionary_learning/autocast", _dictionary_learning("JumpReLU", "autocast"), bf16=True),
         Row("sae-lens/default", _sae_lens("JumpReLU", "default")),

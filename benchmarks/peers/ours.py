@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unweave.activations.ring import ShuffleRing
-from unweave.activations.stream import RowStream
+from unweave.activations.stream import Chunk, RowStream
 from unweave.batch import ActivationBatch
 from unweave.codes import SparseCode
 from unweave.dictionaries import get
@@ -21,7 +21,13 @@ from unweave.training.config import TrainingConfig
 
 from .base import LONG_SILENT, Peer, Setup, version
 
-ENGINES: dict[str, Any] = {"autograd": "autograd", "exact": "cpu", "screen": "cpu+screen"}
+ENGINES: dict[str, Any] = {
+    "autograd": "autograd",
+    "exact": "cpu",
+    "certified": "cpu+certified",
+    "screen": "cpu+screen",
+    "bfloat16": "cpu+bfloat16",
+}
 _ARCHS = {"TopK": "topk", "BatchTopK": "batch_topk", "JumpReLU": "jumprelu"}
 
 
@@ -106,11 +112,12 @@ class _Hand:
 
     rows: Tensor
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        return self.rows, self.rows
+    def draw(self) -> Chunk:
+        return self.sample(len(self.rows))
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        return self.rows[:n], self.rows[:n]
+    def sample(self, n: int) -> Chunk:
+        rows = self.rows[:n]
+        return Chunk(rows, rows, torch.zeros(len(rows), dtype=torch.long))
 
 
 class RowsInMemory(Source):

@@ -33,7 +33,7 @@ VERSIONS: dict[str, int] = {
 #: A feature that fires in more than this share of rows counts as dense.
 DENSE = 0.1
 
-_CHUNK = 1 << 22  # entries turned to float64 at a time: 32 MB
+_CHUNK = 1 << 17  # entries turned to float64 at a time: 1 MB stays in cache; a whole batch took four times as long
 _ZERO_VARIANCE = 1e-24  # relative to the mean square: far above float64 rounding, far below any float32 variation
 
 

@@ -145,8 +145,8 @@ def test_a_feature_of_many_segments():
 @pytest.mark.parametrize("n", [0, 1, 9])
 def test_csc(n, n_features):
     pattern = pattern_of(n, n_features, 0.2 if n_features < 1000 else 0.001)
-    found = csc.csc(pattern.rows, pattern.indices, n_features)
-    truth = csc_reference.csc(pattern.rows, pattern.indices, n_features)
+    found = csc.csc(pattern)
+    truth = csc_reference.csc(pattern)
     for mine, wanted in zip(found, truth):
         assert mine.dtype == wanted.dtype == torch.long
         assert torch.equal(mine, wanted)

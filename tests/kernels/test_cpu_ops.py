@@ -110,7 +110,7 @@ def test_sum_outer_is_the_gradient_of_a_decode(shape):
     p = problem(*shape, dtype=torch.float64)
     W = p.W.clone().requires_grad_()
     (truth,) = torch.autograd.grad(((p.pattern.densify(p.values) @ W) * p.A).sum(), W)
-    columns = REFERENCE.csc.csc(p.pattern.rows, p.pattern.indices, shape[2])
+    columns = REFERENCE.csc.csc(p.pattern)
     torch.testing.assert_close(REFERENCE.gradients.sum_outer(columns, p.values, p.A), truth, rtol=1e-10, atol=1e-10)
     at, more, pull = p.extra
     assert at is not None
@@ -171,7 +171,7 @@ def test_compiled_decode_and_products_equal_the_reference(shape, seed, cpu):
 def test_compiled_columns_are_those_of_a_stable_sort(shape, cpu):
     p = problem(*shape)
     shuffled = p.pattern.indices.flip(0)  # entries of a row come in any order
-    for ours, truth in zip(*(o.csc.csc(p.pattern.rows, shuffled, shape[2]) for o in (cpu, REFERENCE))):
+    for ours, truth in zip(*(o.csc.csc(Pattern(p.pattern.offsets, shuffled, shape[2])) for o in (cpu, REFERENCE))):
         assert torch.equal(ours, truth)
     counts = [o.csc.counts(shuffled, p.values, shape[2]) for o in (cpu, REFERENCE)]
     assert torch.equal(*counts)
@@ -274,7 +274,7 @@ def test_one_and_two_threads_give_the_same_bits(cpu, monkeypatch):
     for n in (1, 2):
         rows = rows_of(p, shadow=True, unit_norm=True)
         with threads(n):
-            columns = cpu.csc.csc(p.pattern.rows, p.pattern.indices, 700)
+            columns = cpu.csc.csc(p.pattern)
             made = [cpu.decode.decode(p.pattern, p.values, p.W), cpu.gradients.gather_dot(p.pattern, p.A, p.W)]
             made += cpu.decode.decode_residual(p.pattern, p.values, p.W, p.bias, p.target, 0.7)
             made += [cpu.gradients.sum_outer(columns, p.values, p.A, p.W, p.extra)]

@@ -222,13 +222,20 @@ class Dictionary(nn.Module):
 
     def check_input(self, x: Tensor) -> Tensor:
         """``x`` in the dictionary's dtype, refused if its width is wrong or it holds NaN or infinity."""
+        return self.check_finite(self.check_width(x))
+
+    def check_width(self, x: Tensor) -> Tensor:
+        """``x`` in the dictionary's dtype, refused if its width is wrong."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise UnweaveError(
                 f"{self.name}: expected rows of width {self.d_in} (shape (n, {self.d_in})), found shape "
                 f"{tuple(x.shape)}. Was this dictionary trained on another site or model?"
             )
         parameter = next(self.parameters())
-        x = x.to(parameter.device, parameter.dtype)
+        return x.to(parameter.device, parameter.dtype)
+
+    def check_finite(self, x: Tensor) -> Tensor:
+        """``x``, refused if it holds NaN or infinity."""
         if not bool(torch.isfinite(x.sum())):  # a sum is one pass; look closer only when it overflows
             bad = ~torch.isfinite(x).all(dim=1)
             if bool(bad.any()):

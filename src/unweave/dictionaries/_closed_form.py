@@ -92,12 +92,13 @@ def plain_fit(pattern: Pattern, values: Tensor, W_dec: Tensor, b_dec: Tensor, ta
     atoms = work.atoms(W_dec)
     error, grads, squares = work.ops.decode.decode_residual(pattern, values, atoms, b_dec, target, 2 / max(1, n))
     mse = squares.mean() if n else squares.sum()
-    lengths = squares.sqrt() * (2 / max(1, n))
+    with serial(squares):
+        lengths = squares.sqrt() * (2 / max(1, n))
 
     def residual() -> Tensor:
         return error.to(b_dec.dtype) * (-n / 2)
 
-    return Fit(mse, squares, residual, grads, error, lengths, error.sum(0, dtype=b_dec.dtype))
+    return Fit(mse, squares, residual, grads, error, lengths, work.ops.rows.weighted_sum(error))
 
 
 def nested_fit(
@@ -180,12 +181,13 @@ class Step:
 
 def closed_form(dictionary: LinearDictionary, batch: TrainingBatch, work: Workspace) -> tuple[Loss, Gradients] | None:
     """Loss and gradients of a batch; None where the code is so crowded that dense products are the better way."""
-    rows = dictionary.check_input(batch.input)
-    x = dictionary.centre(rows).detach()
+    rows = dictionary.check_width(batch.input)
     W_enc, b_dec = dictionary.W_enc.detach(), dictionary.b_dec.detach()
-    n, ops = len(x), work.ops
-    norms = x.norm(dim=1)
-    raw = (rows, b_dec if dictionary.config.subtract_bias else None)
+    centre = b_dec if dictionary.config.subtract_bias else None
+    x, norms = work.centred(rows, centre)
+    if not bool(torch.isfinite(norms.sum())):
+        dictionary.check_finite(rows)
+    n, ops, raw = len(x), work.ops, (rows, centre)
     pattern, u = work.select(dictionary.training_rule(), x, W_enc, dictionary.b_enc, norms, raw)
     if pattern.is_crowded and work.plan.backend != "reference":
         return None
@@ -193,10 +195,10 @@ def closed_form(dictionary: LinearDictionary, batch: TrainingBatch, work: Worksp
         values = dictionary.activate(u, pattern)
     fit = dictionary.fit(pattern, values, batch.target, work)
     back = dictionary.backward(Step(batch, x, pattern, u, values, fit, work))
-    columns = ops.csc.csc(pattern.rows, pattern.indices, pattern.n_features)
+    columns = ops.csc.csc(pattern)
     grad_b_enc, grad_b_dec = ops.gradients.sum_over(columns, back.grad), fit.bias
     if dictionary.config.subtract_bias:
-        grad_b_dec = grad_b_dec - grad_b_enc @ W_enc
+        grad_b_dec = grad_b_dec - ops.rows.weighted_sum(work.weights(W_enc), grad_b_enc)
     if back.b_enc is not None:
         grad_b_enc = grad_b_enc + back.b_enc
     factors = {

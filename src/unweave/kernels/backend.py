@@ -25,6 +25,7 @@ class Backend:
 
     name: str
     select: ModuleType
+    rows: ModuleType
     decode: ModuleType
     csc: ModuleType
     gradients: ModuleType

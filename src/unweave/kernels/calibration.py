@@ -183,7 +183,7 @@ def _train_job(plan: Plan, X: Tensor, W: Tensor, k: int) -> Callable[[], None]:
     def job() -> None:
         pattern, values = work.select(TopKRule(k), X, rows.W, b)
         error, grads, _ = work.ops.decode.decode_residual(pattern, values, atoms.W, bias, X, 2 / len(X))
-        columns = work.ops.csc.csc(pattern.rows, pattern.indices, pattern.n_features)
+        columns = work.ops.csc.csc(pattern)
         work.ops.update.update_rows(atoms, columns, values, error, step)
         work.ops.update.update_rows(rows, columns, grads, X, step)
 

@@ -35,7 +35,7 @@ class Pattern:
 
     @cached_property
     def columns(self) -> Columns:
-        return csc(self.rows, self.indices, self.n_features)
+        return csc(self)
 
     @property
     def is_crowded(self) -> bool:

@@ -99,12 +99,25 @@ class Workspace:
             self.screen = DeviceScreen(device)
         self.encoder, self.decoder = Shadow(), Shadow()
         self._scores: Tensor | None = None
-        self._last: tuple[Any, Any] = (None, None)  # rows that were selected from, and their bfloat16 copy
+        self._last: tuple[Any, Any] = (None, None)  # the rows that were centred last, and their bfloat16 copy
 
     def forget(self) -> None:
         """The weights have changed: the next step copies them again."""
         self.encoder.forget()
         self.decoder.forget()
+
+    def centred(self, rows: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``rows - centre (n, d)`` and its norms ``(n,)``; what :meth:`select` needs beside is kept for it."""
+        rows = rows.detach()
+        if centre is None:
+            return rows, rows.norm(dim=1)
+        x, norms, low = self.ops.rows.centred(rows, centre, self.plan.low)
+        self._last = (x, low)
+        return x, norms
+
+    def weights(self, W_enc: Tensor) -> Tensor:
+        """The encoder as scores were made with it, where nothing but these scores counts."""
+        return self.encoder.follow(W_enc) if self.plan.scores == "bfloat16" else W_enc
 
     def atoms(self, W_dec: Tensor) -> Tensor:
         """The decoder as kernels that gather its rows read it."""
@@ -114,11 +127,12 @@ class Workspace:
         """Rows as kernels that gather them read them."""
         if self.plan.scores != "bfloat16":
             return A
-        return self._last[1] if A is self._last[0] else A.bfloat16()
+        return self._bfloat16(A)
 
     def shadow_of(self, name: str) -> Tensor | None:
-        """What the update kernel has to keep up to date beside the weights ``W_enc`` or ``W_dec``, if anything."""
-        return (self.encoder if name == "W_enc" else self.decoder).copy if self.plan.low else None
+        """What the update kernel has to keep up to date beside the parameter of that name, if anything."""
+        shadow = {"W_enc": self.encoder, "W_dec": self.decoder}.get(name)
+        return None if shadow is None else shadow.copy
 
     def select(
         self,
@@ -137,7 +151,7 @@ class Workspace:
             raw: rows and the centre that was taken from them to get x (None for none); see
                 :mod:`unweave.kernels.joint`.
         """
-        x, W_enc, b_enc = x.detach(), W_enc.detach(), b_enc.detach()
+        x, W_enc, b_enc = x.detach() if x.requires_grad else x, W_enc.detach(), b_enc.detach()
         if isinstance(rule, BatchTopKRule) or len(x) <= _CHUNK:
             return self._select(rule, x, W_enc, b_enc, norms)
         # Rows that do not depend on each other go chunk by chunk: the scores stay in a buffer that is warm.
@@ -153,11 +167,13 @@ class Workspace:
         if not self.plan.low:
             scores = torch.mm(x, W_enc.T, out=self._buffer(len(x), len(W_enc), x))
             return select(self.ops.select, rule, scores, b_enc)
-        low, shadow = x.bfloat16(), self.encoder.follow(W_enc)
-        if self.plan.scores == "bfloat16":
-            self._last = (x, low)
+        low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
         scores = torch.mm(low, shadow.T, out=self._buffer(len(x), len(W_enc), low))
         return select(self.ops.select, rule, scores, b_enc, self._exact(x, low, W_enc, norms))
+
+    def _bfloat16(self, x: Tensor) -> Tensor:
+        rows, low = self._last
+        return low if x is rows and low is not None else x.bfloat16()
 
     def _exact(self, x: Tensor, low: Tensor, W_enc: Tensor, norms: Tensor | None) -> Exact | None:
         """What bfloat16 scores are checked with; None where they are taken as they are."""

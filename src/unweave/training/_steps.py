@@ -17,7 +17,6 @@ from unweave.dictionaries._closed_form import Factors, Gradients
 from unweave.dictionaries._linear import SPOKEN_FOR, LinearDictionary
 from unweave.kernels.adam.reference import AdamStep, Rows
 from unweave.kernels.backend import serves
-from unweave.kernels.threads import serial
 from unweave.kernels.workspace import Plan, Workspace, plan_of
 
 _TORCH_CLIP_EPS = 1e-6  # torch adds it to the norm it divides by; so do we
@@ -117,10 +116,9 @@ class ClosedFormStep(AutogradStep):
             for name, grad in sums.items():
                 self.work.ops.adam.adam_rows(self._rows(name), grad, self._adam(name, lr), scale)
         values["grad_norm"] = float(norm)
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradients.dense[name].mul_(scale) if name in gradients.dense else None
-        with serial(max(gradients.dense.values(), key=Tensor.numel)):
-            self.optimizer.step()
+        for name, grad in gradients.dense.items():
+            rows = Rows(*(tensor.view(1, -1) for tensor in self._rows(name)[:3]))
+            self.work.ops.adam.adam_rows(rows, grad.reshape(1, -1), self._adam(name, lr), scale)
         dictionary.observe(loss, progress)
         return loss, values
 
@@ -157,7 +155,7 @@ class ClosedFormStep(AutogradStep):
         dictionary: Any = self.dictionary
         parameter = self.parameters[name]
         state = self._state(parameter)
-        unit_norm = dictionary.unit_norm and name != "W_enc"
+        unit_norm = dictionary.unit_norm and name == "W_dec"
         shadow = self.work.shadow_of(name)
         return Rows(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], shadow, unit_norm)
 

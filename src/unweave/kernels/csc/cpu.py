@@ -7,22 +7,24 @@ from torch import Tensor
 
 from unweave.kernels._jit import array, jit
 from unweave.kernels.csc.reference import Columns
+from unweave.kernels.pattern import Pattern
 
 
 @jit
-def _csc(rows, indices, starts, sorted_rows, order):
+def _csc(offsets, indices, starts, sorted_rows, order):
     n_features = len(starts) - 1
     for e in range(len(indices)):
         starts[indices[e] + 1] += 1
     for f in range(n_features):
         starts[f + 1] += starts[f]
     # While scattering, starts[f] runs to the end of f; afterwards everything has moved up by one place.
-    for e in range(len(indices)):
-        f = indices[e]
-        at = starts[f]
-        starts[f] = at + 1
-        sorted_rows[at] = rows[e]
-        order[at] = e
+    for b in range(len(offsets) - 1):
+        for e in range(offsets[b], offsets[b + 1]):
+            f = indices[e]
+            at = starts[f]
+            starts[f] = at + 1
+            sorted_rows[at] = b
+            order[at] = e
     for f in range(n_features, 0, -1):
         starts[f] = starts[f - 1]
     starts[0] = 0
@@ -41,8 +43,8 @@ def counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:
     return out
 
 
-def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
-    starts = torch.zeros(n_features + 1, dtype=torch.long)
-    sorted_rows, order = torch.empty_like(rows), torch.empty(len(indices), dtype=torch.long)
-    _csc(*map(array, (rows, indices, starts, sorted_rows, order)))
+def csc(pattern: Pattern) -> Columns:
+    starts = torch.zeros(pattern.n_features + 1, dtype=torch.long)
+    sorted_rows, order = torch.empty(2, len(pattern.indices), dtype=torch.long)
+    _csc(*map(array, (pattern.offsets, pattern.indices, starts, sorted_rows, order)))
     return Columns(starts, sorted_rows, order)

@@ -9,16 +9,17 @@ search in the sorted keys rather than from ``bincount``, which adds atomically a
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from unweave.kernels.csc.reference import Columns
 from unweave.kernels.csc.reference import counts as counts
+from unweave.kernels.pattern import Pattern
 
 _SHORT = 1 << 15
 
 
-def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
+def csc(pattern: Pattern) -> Columns:
     """As :func:`unweave.kernels.csc.reference.csc`, without waiting for the device."""
+    indices, n_features = pattern.indices, pattern.n_features
     keys, order = (indices.short() if n_features <= _SHORT else indices).sort(stable=True)
     edges = torch.arange(n_features + 1, dtype=torch.int32, device=indices.device)
-    return Columns(torch.searchsorted(keys.int(), edges), rows[order], order)
+    return Columns(torch.searchsorted(keys.int(), edges), pattern.rows[order], order)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unweave.kernels.pattern import Pattern
 
 
 class Columns(NamedTuple):
@@ -21,8 +24,8 @@ def counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:
     return torch.bincount(indices[values != 0].long(), minlength=n_features)
 
 
-def csc(rows: Tensor, indices: Tensor, n_features: int) -> Columns:
-    order = torch.argsort(indices, stable=True)
-    starts = torch.zeros(n_features + 1, dtype=torch.long, device=indices.device)
-    starts[1:] = torch.bincount(indices, minlength=n_features).cumsum(0)
-    return Columns(starts, rows[order], order)
+def csc(pattern: Pattern) -> Columns:
+    order = torch.argsort(pattern.indices, stable=True)
+    starts = torch.zeros(pattern.n_features + 1, dtype=torch.long, device=order.device)
+    starts[1:] = torch.bincount(pattern.indices, minlength=pattern.n_features).cumsum(0)
+    return Columns(starts, pattern.rows[order], order)

@@ -27,8 +27,9 @@ def decode_residual(
         scale: of the gradient: 2 / n for a squared error averaged over n rows.
 
     Returns:
-        ``error (n, d) = scale (x_hat - target)``, the gradient of the reconstruction, in the type of W_dec; ``grads (nnz,)``, that gradient
-        at every code value, ``error[row] . W_dec[feature]``; ``squares (n,) = ||x_hat - target||^2``.
+        ``error (n, d) = scale (x_hat - target)``, the gradient of the reconstruction, in the type of W_dec;
+        ``grads (nnz,)``, that gradient at every code value, ``error[row] . W_dec[feature]``;
+        ``squares (n,) = ||x_hat - target||^2``.
     """
     W = W_dec.to(values.dtype)
     difference = decode(pattern, values, W) + b_dec - target

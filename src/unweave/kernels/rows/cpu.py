@@ -1,0 +1,64 @@
+"""Passes over whole rows on a CPU, on the kernels' own threads.
+
+torch would be as fast at each of them. But between two kernels its threads are asleep (see ``_jit.run``), and waking
+them takes longer than the pass.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unweave.kernels._jit import array, jit, run, widen, write_row
+
+_PARTS = 16  # sums of so many stretches of rows, added up in order: the same whatever the number of threads
+
+
+@jit
+def _centred(lo, hi, rows, centre, x, norms, low):
+    d, has_low, one = len(centre), len(low) > 0, np.float32(1)
+    for b in range(lo, hi):
+        row, out, total = rows[b], x[b], np.float32(0)
+        for j in range(d):
+            out[j] = row[j] - centre[j]
+            total += out[j] * out[j]
+        norms[b] = np.sqrt(total)
+        if has_low:
+            write_row(low[b], out, one)
+
+
+@jit
+def _weighted_sum(lo, hi, A, weights, parts):
+    n, d = A.shape
+    for part in range(lo, hi):
+        out = parts[part]
+        out[:] = np.float32(0)
+        b, end = n * part // len(parts), n * (part + 1) // len(parts)
+        while b + 4 <= end:
+            a0, a1, a2, a3 = A[b], A[b + 1], A[b + 2], A[b + 3]
+            v0, v1, v2, v3 = weights[b], weights[b + 1], weights[b + 2], weights[b + 3]
+            for j in range(d):
+                out[j] += v0 * widen(a0[j]) + v1 * widen(a1[j]) + v2 * widen(a2[j]) + v3 * widen(a3[j])
+            b += 4
+        while b < end:
+            a, v = A[b], weights[b]
+            for j in range(d):
+                out[j] += v * widen(a[j])
+            b += 1
+
+
+def centred(rows: Tensor, centre: Tensor, low: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As :func:`unweave.kernels.rows.reference.centred`, in float32."""
+    x, norms = torch.empty(rows.shape), torch.empty(len(rows))
+    copy = torch.empty(rows.shape if low else (0, 0), dtype=torch.bfloat16)
+    run(_centred, len(rows), *map(array, (rows.contiguous(), centre, x, norms, copy)), work=4 * len(centre))
+    return x, norms, copy if low else None
+
+
+def weighted_sum(A: Tensor, weights: Tensor | None = None) -> Tensor:
+    """As :func:`unweave.kernels.rows.reference.weighted_sum`, in float32; ``A`` may be bfloat16."""
+    parts = torch.empty(_PARTS, A.shape[1])
+    weights = torch.ones(len(A)) if weights is None else weights
+    run(_weighted_sum, _PARTS, *map(array, (A.contiguous(), weights, parts)), work=A.numel() / _PARTS)
+    return parts.sum(0)
