@@ -115,7 +115,7 @@ def test_nan_stays_inside_the_arrays_and_in_its_row(screen, everywhere):
     if everywhere:
         X[:] = float("nan")
     scores = (X.bfloat16() @ exact.W.bfloat16().T) if screen else X @ exact.W.T
-    exact = exact._replace(X=X, norms=X.norm(dim=1))
+    exact = exact._replace(X=X, lengths=X.norm(dim=1))
     pattern, values = gpu.topk(scores, shift, 6, exact=exact if screen else None)
     assert len(values) == 24
     assert int(pattern.indices.min()) >= 0

@@ -168,6 +168,46 @@ def test_compiled_decode_and_products_equal_the_reference(shape, seed, cpu):
 
 @needs_numba
 @pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_are_read_in_bfloat16_count_as_what_they_are(shape, cpu):
+    p = problem(*shape)
+    W, A = p.W.bfloat16(), p.A.bfloat16()
+    same(cpu.decode.decode(p.pattern, p.values, W), REFERENCE.decode.decode(p.pattern, p.values, W.float()))
+    error, grads, squares = cpu.decode.decode_residual(p.pattern, p.values, W, p.bias, p.target, 0.7)
+    truth = REFERENCE.decode.decode_residual(p.pattern, p.values, W.float(), p.bias, p.target, 0.7)
+    assert error.dtype == torch.bfloat16
+    torch.testing.assert_close(error.float(), truth[0], rtol=2**-8, atol=1e-5)
+    same(grads, truth[1])
+    same(squares, truth[2])
+    columns = cpu.csc.csc(p.pattern)
+    same(cpu.gradients.sum_outer(columns, p.values, A), REFERENCE.gradients.sum_outer(columns, p.values, A.float()))
+    ours, theirs = rows_of(p), rows_of(p)
+    step = AdamStep(1e-3, (0.9, 0.999), 1e-8, 3)
+    same(
+        cpu.update.update_rows(ours, columns, p.values, A, step),
+        REFERENCE.update.update_rows(theirs, columns, p.values, A.float(), step),
+    )
+    for a, b in zip(ours[:3], theirs[:3]):
+        same(a, b)
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 7), (2050, 33)])
+def test_passes_over_rows_are_those_of_torch(shape, cpu):
+    g = torch.Generator().manual_seed(0)
+    rows, centre, weights = (torch.randn(*size, generator=g) for size in (shape, shape[1:], shape[:1]))
+    for low in (False, True):
+        for ours, truth in zip(cpu.rows.centred(rows, centre, low), REFERENCE.rows.centred(rows, centre, low)):
+            assert (ours is None) == (truth is None)
+            if truth is not None:
+                assert ours.dtype == truth.dtype
+                torch.testing.assert_close(ours, truth)
+    for A in (rows, rows.bfloat16()):
+        for factors in (None, weights):
+            same(cpu.rows.weighted_sum(A, factors), REFERENCE.rows.weighted_sum(A, factors))
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", SHAPES)
 def test_compiled_columns_are_those_of_a_stable_sort(shape, cpu):
     p = problem(*shape)
     shuffled = p.pattern.indices.flip(0)  # entries of a row come in any order

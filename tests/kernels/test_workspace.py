@@ -20,8 +20,10 @@ NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not inst
 PLANS = [
     Plan("reference"),
     Plan("reference", "screen"),
+    Plan("reference", "certified"),
     pytest.param(Plan("cpu"), marks=NUMBA),
     pytest.param(Plan("cpu", "screen"), marks=NUMBA),
+    pytest.param(Plan("cpu", "certified"), marks=NUMBA),
 ]
 RULES: list[Rule] = [TopKRule(5), TopKRule(5, signed=True), BatchTopKRule(5), AboveRule(1.5)]
 

@@ -26,7 +26,11 @@ from unweave.training._steps import ClosedFormStep, make_step
 
 D, N = 24, 64
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
-ENGINES = ["autograd", "reference", pytest.param("cpu", marks=NUMBA), pytest.param("cpu+screen", marks=NUMBA)]
+ENGINES = [
+    "autograd",
+    "reference",
+    *(pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen", "cpu+bfloat16")),
+]
 CONFIG = TrainingConfig(n_rows=30 * N, batch_size=N, ring_rows=256, log_every=4, checkpoint_every=7, lr=1e-3)
 Members = dict[str, tuple[Any, TrainingConfig]]
 

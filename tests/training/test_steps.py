@@ -22,11 +22,13 @@ from unweave.training._steps import AutogradStep, ClosedFormStep, Diverged, make
 
 D, M, N = 24, 100, 64
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
-COMPILED = [pytest.param("cpu", marks=NUMBA), pytest.param("cpu+screen", marks=NUMBA)]
+COMPILED = [pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen")]
+ROUNDED = pytest.param("cpu+bfloat16", marks=NUMBA)
 # A screen's auxiliary products are in bfloat16, on purpose.
 DEAD_CLOSE = [
     ("reference", 1e-4),
     pytest.param("cpu", 1e-4, marks=NUMBA),
+    pytest.param("cpu+certified", 1e-4, marks=NUMBA),
     pytest.param("cpu+screen", 5e-2, marks=NUMBA),
 ]
 ARCHS: dict[str, dict[str, Any]] = {
@@ -210,7 +212,7 @@ def test_a_method_replaced_on_the_object_is_heard(method):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("engine", ["autograd", "reference", *COMPILED])
+@pytest.mark.parametrize("engine", ["autograd", "reference", *COMPILED, ROUNDED])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_step_that_is_no_number_changes_nothing(arch, engine, bad):
     bench = Bench(arch, engine)
@@ -254,7 +256,7 @@ def trained(arch: str, engine: str, folder: Path | None, stop_after: int | None 
     return dictionary
 
 
-@pytest.mark.parametrize("engine", ["autograd", "reference", *COMPILED])
+@pytest.mark.parametrize("engine", ["autograd", "reference", *COMPILED, ROUNDED])
 @pytest.mark.parametrize("arch", ["topk", "batch_topk", "jumprelu"])
 def test_every_engine_resumes_bit_for_bit(arch, engine, tmp_path):
     """Stopped twice: weights, thresholds, ring, log and what the screen has learned go on as if nothing had been."""
@@ -282,11 +284,51 @@ def test_a_resumed_run_keeps_its_plan_where_it_can():
     other.stepper.load_state_dict(bench.stepper.state_dict())
     assert other.stepper.plan == bench.stepper.plan
     assert other.stepper.state_dict() == bench.stepper.state_dict()
-    elsewhere = {**bench.stepper.state_dict(), "backend": "gpu"}
+    elsewhere = {**bench.stepper.state_dict(), "plan": "gpu+screen"}
     third = Bench("topk", "cpu+screen")
     third.stepper.load_state_dict(elsewhere)
     assert third.stepper.plan == bench.stepper.plan
     assert third.stepper.state_dict() == bench.stepper.state_dict()
+
+
+# ---- a step in bfloat16 ----------------------------------------------------------------------------------------------
+
+
+def step_of(bench: Bench) -> dict[str, Tensor]:
+    """What one step with the rate 1 moves each parameter's first moment by: a tenth of its gradient."""
+    bench.run(range(1))
+    return {name: bench.optimizer.state[p]["exp_avg"] for name, p in bench.dictionary.named_parameters()}
+
+
+@NUMBA
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_in_bfloat16_goes_where_autograd_goes_but_for_rounding(arch):
+    """Weights, rows, codes and errors lose their last 16 bits, 0.4 % at most.
+
+    Where that lets another feature into the code, gradients differ by it, by up to 21 % with codes of four features and
+    64 rows; where it does not, by 0.1 to 0.5 %. (A threshold's gradient counts entries in narrow windows: 11 to 48 %.)
+    """
+    off: dict[str, list[float]] = {}
+    for seed in range(7):
+        truth, ours = (step_of(Bench(arch, engine, seed=seed)) for engine in ("autograd", "cpu+bfloat16"))
+        for name in truth.keys() - {"log_threshold"}:
+            off.setdefault(name, []).append(float((ours[name] - truth[name]).norm() / truth[name].norm()))
+    for name, values in off.items():
+        assert min(values) < 0.02, (name, values)
+        assert sorted(values)[3] < 0.2, (name, values)
+        assert min(values) > 1e-5, name  # it is another way of computing, not the same
+
+
+@NUMBA
+def test_what_bfloat16_rounds_is_read_never_kept():
+    """Weights and moments are float32, and both shadows are the weights' own roundings after many steps."""
+    bench = Bench("topk", "cpu+bfloat16")
+    bench.run(range(30))
+    work, dictionary = bench.stepper.work, bench.dictionary
+    for shadow, W in ((work.encoder.copy, dictionary.W_enc), (work.decoder.copy, dictionary.W_dec)):
+        assert torch.equal(shadow, W.detach().bfloat16())
+        assert not torch.equal(W, W.bfloat16().float())
+    assert {p.dtype for p in dictionary.parameters()} == {torch.float32}
 
 
 # ---- weights that somebody else moves, and dictionaries that are put together otherwise ------------------------------
