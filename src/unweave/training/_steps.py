@@ -117,8 +117,8 @@ class ClosedFormStep(AutogradStep):
                 self.work.ops.adam.adam_rows(self._rows(name), grad, self._adam(name, lr), scale)
         values["grad_norm"] = float(norm)
         for name, grad in gradients.dense.items():
-            rows = Rows(*(tensor.view(1, -1) for tensor in self._rows(name)[:3]))
-            self.work.ops.adam.adam_rows(rows, grad.reshape(1, -1), self._adam(name, lr), scale)
+            W, first, second = (part.view(1, -1) for part in self._rows(name)[:3])
+            self.work.ops.adam.adam_rows(Rows(W, first, second), grad.view(1, -1), self._adam(name, lr), scale)
         dictionary.observe(loss, progress)
         return loss, values
 
