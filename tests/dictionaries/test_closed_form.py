@@ -281,6 +281,11 @@ def test_a_subclass_with_a_backward_of_its_own_speaks_for_itself():
     compare(dictionary, batch, Plan("reference"), 1e-10)
 
 
+def test_a_centre_of_ones_own_is_left_to_autograd_even_beside_a_backward():
+    assert not subclass(TopK, "centre", "backward", "loss", "encode", "_entries").has_closed_form()
+    assert subclass(TopK, "backward", "loss").has_closed_form()
+
+
 def test_a_changed_subclass_gives_no_closed_form_at_all():
     made, batch = problem("topk")
     assert subclass(TopK, "loss")(made.config).closed_form(batch, Workspace(Plan())) is None

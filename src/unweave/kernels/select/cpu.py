@@ -17,144 +17,13 @@ from torch import Tensor
 from unweave.kernels._jit import array, dots, inline, jit, run, widen
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import Exact
+from unweave.kernels.select._loops import HUGE, LOWEST, MIN_GROUPS, bound_of, collect, cut_at, group_maxima, keep_best
 
-_MIN_GROUPS = 128
 _GROUPS_OF_8 = 768  # at most; beyond, groups of 16: more groups are more bookkeeping, larger ones more to look through
 _ROUNDING = np.float32(2.0**-8)  # bfloat16's, of the score itself
 _TWICE = np.float32(2.02)  # two margins, and what the rounding of a score of another size differs by
 _TRIES = 4  # widenings of a margin; each is at least as wide as the largest error met
-_LOWEST = np.float32(-np.inf)
 _UP = np.float32(1 + 2.0**-10)  # a float32 sum of squares is wrong by less, for rows of any width in use
-_HUGE = np.float32(1e38)  # twice that is still a number
-_BY_VALUE = 24  # rounds of bisection: enough for scores of like size
-
-
-# ---- shared pieces of the loops -----------------------------------------------------------------------------------
-
-
-@inline
-def _group_maxima(p, shift, signed, maxima):
-    """``maxima[g]`` is the largest score among the entries ``g, g + G, g + 2G, ...``."""
-    m, n_groups = len(p), len(maxima)
-    maxima[:] = _LOWEST
-    at = 0
-    while at < m:
-        width = min(n_groups, m - at)
-        part, offset = p[at : at + width], shift[at : at + width]
-        if signed:
-            for j in range(width):
-                maxima[j] = max(maxima[j], abs(widen(part[j]) + offset[j]))
-        else:
-            for j in range(width):
-                maxima[j] = max(maxima[j], widen(part[j]) + offset[j])
-        at += n_groups
-
-
-@jit
-def _key(score):
-    """An integer in the order of the scores."""
-    bits = np.int64(np.float32(score).view(np.int32))
-    return bits if bits >= 0 else bits ^ 0x7FFFFFFF
-
-
-@jit
-def _middle(low, high, round_):
-    """Between two scores: by value at first, which is quick; then by their bits, which always comes to an end."""
-    middle = low + np.float32(0.5) * (high - low)
-    if round_ < _BY_VALUE and low > -_HUGE and high < _HUGE and low < middle and middle < high:
-        return middle
-    key = (_key(low) + _key(high)) >> 1
-    return np.int32(key if key >= 0 else key ^ 0x7FFFFFFF).view(np.float32)
-
-
-@inline
-def _cut(scores, n, k):
-    """``(cut, count)``: at least ``k`` of ``scores[:n]`` reach the cut; ``count`` do, which is k but for ties and NaN.
-
-    Bisection: counting a few hundred numbers is a handful of vector instructions, where quickselect guesses branches.
-    """
-    low, high = scores[0], scores[0]
-    for q in range(n):
-        low, high = min(low, scores[q]), max(high, scores[q])
-    count = n
-    for round_ in range(_BY_VALUE + 33):
-        middle = _middle(low, high, round_)
-        if count == k or not (low < middle < high):
-            break
-        reach = 0
-        for q in range(n):
-            reach += scores[q] >= middle
-        if reach >= k:
-            low, count = middle, reach
-        else:
-            high = middle
-    if count > k:  # the largest value is a tie, or all that is left between low and high is
-        reach = 0
-        for q in range(n):
-            reach += scores[q] >= high
-        if reach >= k:
-            low, count = high, reach
-    return low, count
-
-
-@inline
-def _collect(p, shift, signed, maxima, bound, hot, found):
-    """Entries whose score is at least ``bound``, group by group; how many."""
-    m, n_groups = len(p), len(maxima)
-    n_hot = 0
-    for g in range(n_groups):
-        hot[n_hot] = g
-        n_hot += maxima[g] >= bound
-    n = 0
-    for h in range(n_hot):
-        for j in range(hot[h], m, n_groups):
-            score = widen(p[j]) + shift[j]
-            if signed:
-                score = abs(score)
-            found[n] = j
-            n += score >= bound
-    return n
-
-
-@inline
-def _bound(maxima, k, scratch):
-    """A lower bound of the k-th largest score, from group maxima (merged by fours when there are many)."""
-    n_groups = len(maxima)
-    quarter = n_groups // 4
-    if quarter >= 4 * k and quarter >= _MIN_GROUPS:
-        for g in range(quarter):
-            scratch[g] = max(max(maxima[g], maxima[g + quarter]), max(maxima[g + 2 * quarter], maxima[g + 3 * quarter]))
-        return _cut(scratch, quarter, k)[0]
-    return _cut(maxima, n_groups, k)[0]
-
-
-@inline
-def _keep(found, scores, values, n, k, kept, kept_values):
-    """The ``k`` entries with the largest scores; among equals the first found. Room left over is NaN."""
-    w = 0
-    if n > k:
-        cut, count = _cut(scores, n, k)
-        spare = count - k  # ties beyond k: the smallest score kept is shared
-        for q in range(n):
-            if scores[q] >= cut and w < k:
-                if spare > 0 and not scores[q] > cut:
-                    continue
-                kept[w] = found[q]
-                kept_values[w] = values[q]
-                w += 1
-        for q in range(n):
-            if spare > 0 and scores[q] == cut and w < k:
-                kept[w] = found[q]
-                kept_values[w] = values[q]
-                w += 1
-    else:
-        for q in range(n):
-            kept[w] = found[q]
-            kept_values[w] = values[q]
-            w += 1
-    for q in range(w, k):  # only where scores are NaN
-        kept[q] = 0
-        kept_values[q] = np.float32(np.nan)
 
 
 # ---- top k of each row ---------------------------------------------------------------------------------------------
@@ -167,12 +36,12 @@ def _topk(lo, hi, P, start, shift, k, signed, n_groups, indices, values):
     hot, found = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32)
     for b in range(lo, hi):
         p = P[b, start : start + m]
-        _group_maxima(p, shift, signed, maxima)
-        n = _collect(p, shift, signed, maxima, _bound(maxima, k, scratch), hot, found)
+        group_maxima(p, shift, signed, maxima)
+        n = collect(p, shift, signed, maxima, bound_of(maxima, k, scratch), hot, found)
         for q in range(n):
             exact[q] = widen(p[found[q]]) + shift[found[q]]
             scratch[q] = abs(exact[q]) if signed else exact[q]
-        _keep(found, scratch, exact, n, k, indices[b], values[b])
+        keep_best(found, scratch, exact, n, k, indices[b], values[b])
 
 
 @jit
@@ -185,24 +54,24 @@ def _screen_topk(
     hot, found, near = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
     for b in range(lo, hi):
         p, x = P[b, start : start + m], X[b]
-        _group_maxima(p, shift, signed, maxima)
-        bound = _bound(maxima, k, scratch)
+        group_maxima(p, shift, signed, maxima)
+        bound = bound_of(maxima, k, scratch)
         error = tolerance * lengths[b]
         off = np.float32(0)
         for _ in range(_TRIES):
             low = bound - _TWICE * (error + _ROUNDING * (abs(bound) + largest_shift))
-            n = _collect(p, shift, signed, maxima, low, hot, found)
+            n = collect(p, shift, signed, maxima, low, hot, found)
             for q in range(n):
                 score = widen(p[found[q]]) + shift[found[q]]
                 scratch[q] = abs(score) if signed else score
-            cut = _cut(scratch, n, k)[0] if n > k else low
+            cut = cut_at(scratch, n, k)[0] if n > k else low
             # The best by the screen come first: the smallest of their true scores bounds the k-th largest from below,
             # and of the others only those are worked out that may reach it.
             n_near = 0
             for q in range(n):
                 near[n_near] = found[q]
                 n_near += scratch[q] >= cut
-            n_first, least = n_near, _HUGE
+            n_first, least = n_near, HUGE
             dots(x, W, near, 0, n_first, exact)
             for q in range(n_first):
                 score = exact[q] + shift[near[q]]
@@ -223,7 +92,7 @@ def _screen_topk(
             redone[b] = 1
             error = 2 * off
         worst[b] = off / lengths[b] if lengths[b] > 0 else np.float32(0)
-        _keep(near, scratch, exact, n_near, k, indices[b], values[b])
+        keep_best(near, scratch, exact, n_near, k, indices[b], values[b])
 
 
 # ---- every score above a bound ------------------------------------------------------------------------------------
@@ -265,7 +134,7 @@ def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, 
 @inline
 def _group_maxima_inflated(p, shift, rounding, maxima):
     m, n_groups = len(p), len(maxima)
-    maxima[:] = _LOWEST
+    maxima[:] = LOWEST
     at = 0
     while at < m:
         width = min(n_groups, m - at)
@@ -520,4 +389,4 @@ def _empty(n: int, m: int) -> Pattern:
 
 
 def _n_groups(m: int, k: int) -> int:
-    return min(m, max(_MIN_GROUPS, min(m // 8, _GROUPS_OF_8), m // 16, 2 * k))
+    return min(m, max(MIN_GROUPS, min(m // 8, _GROUPS_OF_8), m // 16, 2 * k))

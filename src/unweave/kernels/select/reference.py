@@ -47,10 +47,7 @@ def rounding_errors(A: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pre_activations(scores: Tensor, shift: Tensor | None, exact: Exact | None) -> Tensor:
-    if exact is not None:
-        scores = exact.X @ exact.W.T
-    elif scores.dtype == torch.bfloat16:
-        scores = scores.float()
+    scores = scores if exact is None else exact.X @ exact.W.T
     return scores if shift is None else scores + shift
 
 
