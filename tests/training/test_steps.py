@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from unweave.dictionaries import TrainingBatch
 from unweave.dictionaries._linear import LinearDictionary
 from unweave.files import read_tensors
 from unweave.kernels.backend import why_not
-from unweave.kernels.calibration import pin
+from unweave.kernels.calibration import PINS, pin
 from unweave.sources.arrays import ArraySource
 from unweave.training import TrainingConfig, read_metrics, train
 from unweave.training._steps import AutogradStep, ClosedFormStep, Diverged, make_step
@@ -274,6 +275,21 @@ def test_every_engine_resumes_bit_for_bit(arch, engine, tmp_path):
     for mine, other in zip(*lines, strict=True):
         assert mine | {"rows_per_s": 0} == other | {"rows_per_s": 0}
     assert any(line["dead_share"] > 0 for line in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "engine", "used"),
+    [
+        ("topk", "autograd", "autograd"),
+        ("topk", "reference", "reference"),
+        ("topk", "auto", None),
+        pytest.param("topk", "cpu+screen", "cpu+screen", marks=NUMBA),
+    ],
+)
+def test_a_finished_training_says_how_it_was_computed(arch, engine, used, tmp_path):
+    trained(arch, engine, tmp_path)
+    found = json.loads((tmp_path / "training.json").read_text())["engine"]
+    assert found == used if used else found in PINS  # "auto" is not an answer
 
 
 @NUMBA

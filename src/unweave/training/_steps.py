@@ -33,6 +33,11 @@ class Diverged(Exception):
 class AutogradStep:
     """The step for any dictionary: its ``loss``, differentiated by autograd."""
 
+    @property
+    def engine(self) -> str:
+        """How steps were computed in the end, which "auto" leaves open."""
+        return "autograd"
+
     def __init__(self, dictionary: Dictionary, optimizer: torch.optim.Adam, clip: float | None) -> None:
         self.dictionary, self.optimizer, self.clip = dictionary, optimizer, clip
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
@@ -93,6 +98,10 @@ class ClosedFormStep(AutogradStep):
         super().__init__(dictionary, optimizer, clip)
         self.work, self.plan = work, work.plan
         self._scratch: dict[str, Tensor] = {}
+
+    @property
+    def engine(self) -> str:
+        return self.plan.name
 
     @torch.no_grad()
     def run(self, batch: TrainingBatch, lr: float, progress: float) -> tuple[Loss, dict[str, float]]:
@@ -188,6 +197,10 @@ class ClosedFormStep(AutogradStep):
 
 class AbsorbStep(AutogradStep):
     """The step of a dictionary that learns without gradients: it takes the batch in."""
+
+    @property
+    def engine(self) -> str:
+        return "without gradients"
 
     @torch.no_grad()
     def run(self, batch: TrainingBatch, lr: float, progress: float) -> tuple[Loss, dict[str, float]]:

@@ -245,6 +245,7 @@ class Run:
                 "format": _FORMAT,
                 **self.identity,
                 "run_id": self.id,
+                "engine": trainer.stepper.engine,
                 "steps": trainer.step,
                 "scale": trainer.scale,
                 "target_scale": trainer.target_scale,
