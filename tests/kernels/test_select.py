@@ -436,6 +436,47 @@ def test_only_a_proven_margin_finds_what_bfloat16_hides():
     assert found[SCREENED] != [7]
 
 
+def test_a_proven_margin_holds_for_scores_below_zero_too():
+    """The screened score lies further from zero than the true one, so it is rounded more coarsely.
+
+    The two best differ by 1e-5; found by drawing at random.
+    """
+    X = torch.tensor([[1.0663291215896606, -1.6289660930633545, -1.73823881149292, 1.1836016178131104]])
+    W = torch.tensor(
+        [[0.1669921875, 0.212890625, -0.11669921875, -0.0595703125], [1.7265625, 1.734375, -1.7421875, -1.7578125]]
+    )
+    assert int((X.double() @ W.double().T).argmax()) == 1
+    pattern, _ = Workspace(CERTIFIED).select(TopKRule(1), X, W, torch.zeros(2))
+    assert pattern.indices.tolist() == [1]
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-23, 1e-40])
+def test_rows_that_vanish_beside_their_bias_are_screened_and_done(plan, scale):
+    X, W = (
+        torch.nn.functional.normalize(normal(64, 32), dim=1),
+        torch.nn.functional.normalize(normal(256, 32, seed=1), dim=1),
+    )
+    b = torch.zeros(256)
+    b[:6] = 1.3
+    X[9] *= scale
+    for rule in RULES:
+        work = Workspace(plan)
+        with within(10):
+            pattern, _ = work.select(rule, X, W, b)
+            everywhere, _ = work.select(rule, X * scale, W, b * 0)
+        plain, _ = Workspace(Plan("cpu")).select(rule, X, W, b)
+        assert set(pattern.flat.tolist()) == set(plain.flat.tolist())
+        assert everywhere.n_rows == 64
+        assert work.screen.tolerance <= 1 or scale < 1e-20  # the squares of such a row are 0
+
+
+def test_what_another_screen_learned_does_not_narrow_a_proven_margin():
+    work = Workspace(CERTIFIED)
+    work.load_state_dict({"tolerance": 2e-3, "n_redone": 1, "n_rows": 5})
+    assert work.state_dict() == {"tolerance": 1.0, "n_redone": 1, "n_rows": 5}
+
+
 # ---- bfloat16 as it is ---------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from unweave import dictionaries
 from unweave.activations import RowStream
 from unweave.dictionaries import TrainingBatch
 from unweave.dictionaries._linear import LinearDictionary
+from unweave.errors import UnweaveError
 from unweave.files import read_tensors
 from unweave.kernels.backend import why_not
 from unweave.kernels.calibration import PINS, pin
@@ -305,6 +306,75 @@ def test_a_resumed_run_keeps_its_plan_where_it_can():
     third.stepper.load_state_dict(elsewhere)
     assert third.stepper.plan == bench.stepper.plan
     assert third.stepper.state_dict() == bench.stepper.state_dict()
+
+
+# ---- small parameters ------------------------------------------------------------------------------------------------
+
+
+class Gained(dictionaries.TopK):
+    """A plug-in with a parameter of its own, whose gradient it makes up."""
+
+    shape: tuple[int, ...] = (3, 5)
+    grad_shape: tuple[int, ...] | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.ones(self.shape[::-1]).T)  # not contiguous, unless a vector
+
+    def backward(self, step: Any) -> Any:
+        back = super().backward(step)
+        back.dense["gain"] = (
+            torch.arange(15.0).reshape(5, 3).T if self.grad_shape is None else torch.ones(self.grad_shape)
+        )
+        return back
+
+    def loss(self, batch: TrainingBatch) -> Any:
+        return super().loss(batch)
+
+
+def gained(engine: str) -> tuple[Any, Any]:
+    dictionary = Gained(Gained.Config(d_in=D, d_out=D, n_features=M, k=4))
+    optimizer = torch.optim.Adam(dictionary.parameters(), lr=0.1)
+    return dictionary, make_step(dictionary, optimizer, None, lambda: pin(engine))
+
+
+@pytest.mark.parametrize("engine", ["reference", *COMPILED])
+def test_a_parameter_of_any_layout_is_stepped_by_its_gradient(engine):
+    dictionary, stepper = gained(engine)
+    assert isinstance(stepper, ClosedFormStep)
+    stepper.run(TrainingBatch(rows(N), rows(N), None, 0.0), 0.1, 0.0)
+    moved = torch.ones(3, 5)
+    moved[torch.arange(15.0).reshape(5, 3).T > 0] -= 0.1  # Adam's first step is the rate, whatever the gradient
+    torch.testing.assert_close(dictionary.gain.detach(), moved, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["reference", *COMPILED])
+@pytest.mark.parametrize("shape", [(1,), (15,), (5, 3), (3, 6)])
+def test_a_gradient_of_another_shape_is_refused_before_anything_moves(engine, shape, monkeypatch):
+    monkeypatch.setattr(Gained, "grad_shape", shape)
+    dictionary, stepper = gained(engine)
+    before = {name: value.clone() for name, value in dictionary.state_dict().items()}
+    with pytest.raises(UnweaveError, match=r"topk: backward gives a gradient of shape .* for 'gain'.*shape \(3, 5\)"):
+        stepper.run(TrainingBatch(rows(N), rows(N), None, 0.0), 0.1, 0.0)
+    for name, value in dictionary.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@NUMBA
+def test_checkpoints_of_before_plans_had_names_go_on():
+    bench, other = Bench("topk", "cpu+screen"), Bench("topk", "reference")
+    bench.run(range(3))
+    state = bench.stepper.state_dict()
+    other.stepper.load_state_dict({"backend": "cpu", "screen": True, "work": state["work"]})
+    assert other.stepper.state_dict() == state
+
+
+@NUMBA
+def test_a_step_by_autograd_leaves_no_gradients_behind():
+    bench = Bench("relu", "cpu")
+    bench.dictionary.b_enc.data.fill_(0.0)  # so crowded that autograd takes the step
+    bench.run(range(1))
+    assert all(p.grad is None for p in bench.dictionary.parameters())
 
 
 # ---- a step in bfloat16 ----------------------------------------------------------------------------------------------

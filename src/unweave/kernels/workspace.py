@@ -81,7 +81,7 @@ class Shadow:
 
 
 class Workspace:
-    """Scores and shadows of one dictionary. Results do not depend on it; only time and memory do.
+    """Scores and shadows of one dictionary. Results depend on the plan alone, not on what is kept here.
 
     Attributes:
         plan: how to compute.

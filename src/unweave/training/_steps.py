@@ -15,7 +15,8 @@ from torch import Tensor
 from unweave.dictionaries import Dictionary, Loss, TrainingBatch
 from unweave.dictionaries._closed_form import Factors, Gradients
 from unweave.dictionaries._linear import SPOKEN_FOR, LinearDictionary
-from unweave.kernels.adam.reference import AdamStep, Rows
+from unweave.errors import UnweaveError
+from unweave.kernels.adam.reference import AdamStep, Rows, adam_rows
 from unweave.kernels.backend import serves
 from unweave.kernels.workspace import Plan, Workspace, plan_of
 
@@ -110,6 +111,7 @@ class ClosedFormStep(AutogradStep):
         if made is None:
             return self._by_autograd(batch, lr, progress)
         loss, gradients = made
+        self._check(gradients)
         self._rate(lr)
         small = torch.stack([g.square().sum() for g in gradients.dense.values()]).sum()
         bounds = {name: self._bound(name, factors) for name, factors in gradients.rows.items()}
@@ -126,16 +128,37 @@ class ClosedFormStep(AutogradStep):
                 self.work.ops.adam.adam_rows(self._rows(name), grad, self._adam(name, lr), scale)
         values["grad_norm"] = float(norm)
         for name, grad in gradients.dense.items():
-            W, first, second = (part.view(1, -1) for part in self._rows(name)[:3])
-            self.work.ops.adam.adam_rows(Rows(W, first, second), grad.view(1, -1), self._adam(name, lr), scale)
+            self._step_small(name, grad, lr, scale)
         dictionary.observe(loss, progress)
         return loss, values
+
+    def _check(self, gradients: Gradients) -> None:
+        """Refuse what ``backward`` got wrong, before anything is changed."""
+        for name, grad in gradients.dense.items():
+            parameter = self.parameters.get(name)
+            if parameter is None or parameter.shape != grad.shape:
+                found = "no parameter" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"
+                raise UnweaveError(
+                    f"{self.dictionary.name}: backward gives a gradient of shape {tuple(grad.shape)} for {name!r}, "
+                    f"which is {found}"
+                )
+
+    def _step_small(self, name: str, grad: Tensor, lr: float, scale: float) -> None:
+        """Step a parameter other than the two large ones: as one row, or on other devices element by element."""
+        rows, step = self._rows(name), self._adam(name, lr)
+        grad = grad.to(rows.W.dtype)
+        if rows.W.device.type == "cpu" and all(part.is_contiguous() for part in rows[:3]):
+            W, first, second = (part.view(1, -1) for part in rows[:3])
+            self.work.ops.adam.adam_rows(Rows(W, first, second), grad.reshape(1, -1), step, scale)
+        else:
+            adam_rows(rows, grad, step, scale)
 
     def _by_autograd(self, batch: TrainingBatch, lr: float, progress: float) -> tuple[Loss, dict[str, float]]:
         try:
             return super().run(batch, lr, progress)
         finally:
             self.work.forget()
+            self.optimizer.zero_grad(set_to_none=True)  # dense, and of no use to the steps that follow
 
     def _bound(self, name: str, factors: Factors) -> Tensor:
         """At least the squared norm of the whole matrix's gradient."""
@@ -147,7 +170,8 @@ class ClosedFormStep(AutogradStep):
         if extra.pull is not None:
             pulled = extra.pull.abs() * self.parameters[name].norm(dim=1)
             more = pulled if more is None else more + pulled
-        return self.work.ops.gradients.norm_bound(factors.columns, factors.weights, factors.lengths, more)
+        bound = self.work.ops.gradients.norm_bound(factors.columns, factors.weights, factors.lengths, more)
+        return bound * (1 + 2**-7) if self.plan.scores == "bfloat16" else bound  # rounded rows may be longer
 
     def _update(self, name: str, factors: Factors, lr: float) -> Tensor:
         update: Callable[..., Tensor] = self.work.ops.update.update_rows
@@ -187,7 +211,9 @@ class ClosedFormStep(AutogradStep):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not state:
             return
-        plan = plan_of(state["plan"])
+        # Checkpoints of the first format named the two apart.
+        name = state.get("plan") or state["backend"] + ("+screen" if state["screen"] else "")
+        plan = plan_of(name)
         if plan != self.plan and serves(plan.backend, self.parameters["W_enc"]):
             # The last bits of sums depend on the plan, and a resumed run has to end with the bits of one that was
             # never killed. On another device there is no such promise to keep.

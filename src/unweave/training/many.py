@@ -202,6 +202,8 @@ class _Grid:
         verb = f"train {len(runs)} dictionaries" + (f" (from step {first.step:,})" if first.step else "")
         with track((config.n_steps - first.step) * config.batch_size, verb) as progress:
             while first.step < config.n_steps:
+                for joint in self._joints:
+                    joint.forget_scores()
                 for run in runs.values():
                     run.advance()
                 progress.advance(config.batch_size)

@@ -20,10 +20,11 @@ from unweave.kernels.select import Exact
 from unweave.kernels.select._loops import HUGE, LOWEST, MIN_GROUPS, bound_of, collect, cut_at, group_maxima, keep_best
 
 _GROUPS_OF_8 = 768  # at most; beyond, groups of 16: more groups are more bookkeeping, larger ones more to look through
-_ROUNDING = np.float32(2.0**-8)  # bfloat16's, of the score itself
+_ROUNDING = np.float32(2.0**-8)  # bfloat16's, of the score as it was rounded
+_OWN = np.float32(2.0**-8 / (1 - 2.0**-8) * 1.001)  # the same of the score before, and of what else is wrong with it
 _TWICE = np.float32(2.02)  # two margins, and what the rounding of a score of another size differs by
 _TRIES = 4  # widenings of a margin; each is at least as wide as the largest error met
-_UP = np.float32(1 + 2.0**-10)  # a float32 sum of squares is wrong by less, for rows of any width in use
+_UP = np.float32(1 + 2.0**-20)  # a norm is rounded by less
 
 
 # ---- top k of each row ---------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def _screen_topk(
             for q in range(n_first):
                 score = exact[q] + shift[near[q]]
                 least = min(least, abs(score) if signed else score)
-            low = least - error - _ROUNDING * (abs(least) + largest_shift)
+            low = least - (1 + _OWN) * error - _OWN * (abs(least) + largest_shift)
             for q in range(n):
                 near[n_near] = found[q]
                 n_near += scratch[q] < cut and scratch[q] >= low
@@ -99,8 +100,8 @@ def _screen_topk(
 
 
 @jit
-def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, scores, starts, counts):
-    """Entries of row ``b`` with ``score + rounding |P| >= low[b]``; a chunk writes from ``lo * capacity`` on.
+def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, raws, starts, counts):
+    """Entries of row ``b`` with ``P + shift + rounding |P| >= low[b]``; a chunk writes from ``lo * capacity`` on.
 
     A chunk whose entries do not fit its share of the room sets the counts of its rows to -1.
     """
@@ -118,11 +119,10 @@ def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, 
         for h in range(n_hot):
             for j in range(hot[h], m, n_groups):
                 raw = widen(p[j])
-                score = raw + shift[j]
                 slot = at + min(n, room - 1)
                 indices[slot] = j
-                scores[slot] = score
-                n += score + rounding * abs(raw) >= bound
+                raws[slot] = raw
+                n += raw + shift[j] + rounding * abs(raw) >= bound
         if n > room - 1:  # the last place is scratch: it takes whatever does not fit
             for c in range(lo, hi):
                 counts[c] = -1
@@ -164,12 +164,12 @@ def _refine(lo, hi, offsets, indices, X, W, out):
 @jit
 def _rounding_errors(lo, hi, A, low, norms, off):
     for b in range(lo, hi):
-        row, rounded, total, lost = A[b], low[b], np.float32(0), np.float32(0)
+        row, rounded, total, lost = A[b], low[b], 0.0, 0.0  # float64: squares of small numbers are smaller still
         for j in range(len(row)):
-            left = row[j] - widen(rounded[j])
-            total += row[j] * row[j]
+            value, left = np.float64(row[j]), np.float64(row[j] - widen(rounded[j]))
+            total += value * value
             lost += left * left
-        norms[b], off[b] = np.sqrt(total) * _UP, np.sqrt(lost) * _UP
+        norms[b], off[b] = np.float32(np.sqrt(total)) * _UP, np.float32(np.sqrt(lost)) * _UP
 
 
 # ---- what callers use ----------------------------------------------------------------------------------------------
@@ -229,14 +229,13 @@ def above(
     threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(len(shift))
     for attempt in range(_TRIES):
         slack = None if exact is None else exact.screen.tolerance * exact.lengths
-        pattern, found = _entries(scores, shift - threshold, 0.0, slack, expected)
-        feature = pattern.indices.long()
-        if exact is None:
-            # Score by score as the reference computes it: u - threshold > 0 and u > threshold round differently.
-            raw = scores[pattern.rows, feature] + shift[feature]
-            return _keep_entries(pattern, raw, raw > threshold[feature])
-        raw, fits = _refined(pattern, found - (shift - threshold)[feature], exact)
+        pattern, raw = _entries(scores, shift - threshold, 0.0, slack, expected)
+        fits = True
+        if exact is not None:
+            raw, fits = _refined(pattern, raw, exact)
         if fits or attempt == _TRIES - 1:
+            # Score by score as the reference computes it: u - threshold > 0 and u > threshold round differently.
+            feature = pattern.indices.long()
             raw = raw + shift[feature]
             return _keep_entries(pattern, raw, raw > threshold[feature])
     raise AssertionError("unreachable")
@@ -256,9 +255,12 @@ def batch_topk(
     if n_keep == 0:
         return _empty(n, m), torch.zeros(0)
     guess = bound if bound is not None and bound > 0 else _sampled_bound(scores, shift, n_keep)
+    attempt = 0
     while True:
         margin = None if exact is None else exact.screen.tolerance * exact.lengths
-        pattern, found = _entries(scores, shift, guess, margin, 2.0 * n_keep / max(1, n))
+        pattern, raw = _entries(scores, shift, guess, margin, 2.0 * n_keep / max(1, n))
+        offset = shift[pattern.indices.long()]
+        found = raw + offset
         # Entries in reach only through their row's margin do not count: they may be far below the guess.
         if int((found >= guess).sum()) < n_keep and guess > 0:
             guess = min(0.9 * guess, _sampled_bound(scores, shift, n_keep)) if guess > 1e-6 else 0.0
@@ -267,16 +269,17 @@ def batch_topk(
         if exact is None or margin is None or not math.isfinite(kth):
             return _best(pattern, found, n_keep)
         # As in _screen_topk: the best by the screen bound the n_keep-th largest, then whatever may reach that.
-        offset, first = shift[pattern.indices.long()], found >= kth
-        values, fit_first = _refined(pattern, found - offset, exact, first)
+        first = found >= kth
+        values, fit_first = _refined(pattern, raw, exact, first)
         values = values + offset
         least = max(0.0, _kth_largest(values[first], n_keep)) if int(first.sum()) >= n_keep else 0.0
         if least < guess:  # what may reach it was not collected
             guess = least
             continue
-        reach = found + margin[pattern.rows] >= least - _ROUNDING * (least + _largest(shift))
-        others, fit_others = _refined(pattern, found - offset, exact, reach & ~first)
-        if fit_first and fit_others:
+        reach = found + (1 + _OWN) * margin[pattern.rows] >= least - _OWN * (least + _largest(shift))
+        others, fit_others = _refined(pattern, raw, exact, reach & ~first)
+        attempt += 1
+        if (fit_first and fit_others) or attempt == _TRIES:
             values = torch.where(first, values, others + offset)
             return _best(*_keep_entries(pattern, values, first | reach), n_keep)
 
@@ -301,7 +304,11 @@ def _largest(shift: Tensor) -> np.float32:
 def _entries(
     scores: Tensor, shift: Tensor, low: float, slack: Tensor | None, expected: float
 ) -> tuple[Pattern, Tensor]:
-    """Entries with ``scores + shift >= low``, less each row's slack and the rounding where scores are screened."""
+    """Entries with ``scores + shift >= low``, less each row's slack and the rounding where scores are screened.
+
+    Returns:
+        Their pattern and their scores without the shift, ``(nnz,)`` float32.
+    """
     n, m = scores.shape
     bound = torch.full((n,), low) if slack is None else low - slack
     rounding = np.float32(0) if slack is None else _ROUNDING
@@ -344,7 +351,7 @@ def _refined(pattern: Pattern, screened: Tensor, exact: Exact, which: Tensor | N
         return values, True
     lengths = exact.lengths[pattern.rows].clamp_min(1e-30)
     off = ((values - screened).abs() - float(_ROUNDING) * screened.abs()) / lengths
-    worst, tolerance = float(off.max()), exact.screen.tolerance
+    worst, tolerance = float(off.nan_to_num(nan=0.0).max()), exact.screen.tolerance
     wrong = off > tolerance
     n_redone = len(pattern.rows[wrong].unique()) if worst > tolerance else 0
     exact.screen.update(worst, n_redone, pattern.n_rows)

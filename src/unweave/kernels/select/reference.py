@@ -43,6 +43,7 @@ def above(
 
 def rounding_errors(A: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """The norms of the rows of A, and of what they lost in the bfloat16 copy ``low``; both ``(n,)``."""
+    A = A.double()
     return A.norm(dim=1), (A - low).norm(dim=1)
 
 

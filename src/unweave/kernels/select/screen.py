@@ -49,13 +49,16 @@ class CertifiedScreen(Screen):
         self.n_redone += n_redone
         self.n_rows += n_rows
 
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        super().load_state_dict({**state, "tolerance": 1.0})  # whatever another kind of screen had learned
+
 
 def largest_errors(ops: Any, x: Tensor, low: Tensor, W: Tensor, shadow: Tensor) -> Tensor:
     """``(n,)``: by how much any bfloat16 score of a row can differ from the float32 one, beyond its own rounding.
 
     With ``x`` and ``W`` rounded to ``x'`` and ``W'``, a score is wrong by ``(x - x') W + x' (W - W')`` and by what the
     float32 sums of both products lose, in whatever order they are made: at most ``|x - x'| |W|`` and so on, with norms
-    that are measured. Numbers too small for float32's full precision are left out of account.
+    that are measured. Products too small for float32's full precision, below 1e-38, are left out of account.
 
     Args:
         ops: the module that measures: ``select.reference`` or ``select.cpu``.
@@ -64,4 +67,4 @@ def largest_errors(ops: Any, x: Tensor, low: Tensor, W: Tensor, shadow: Tensor) 
     norms, lost = ops.rounding_errors(x, low)
     longest, furthest = (float(of.max()) if len(of) else 0.0 for of in ops.rounding_errors(W, shadow))
     sums = 4 * (x.shape[1] + 8) * 2.0**-24  # two sums of as many products each; twice, for what bounds leave out
-    return lost * longest + norms * ((1 + _ROUNDING) * furthest + sums * longest)
+    return (lost * longest + norms * ((1 + _ROUNDING) * furthest + sums * longest)).float()
