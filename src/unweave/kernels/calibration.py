@@ -2,8 +2,8 @@
 
 The candidates do the same work and give the same code (a screened selection is decided in float32), so the choice
 changes how long things take, and the last bits of sums. (But for AuxK: what dead features learn is worked out in
-bfloat16 where the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`PINS`; of these the certified screen, which is slower, and
-bfloat16, which rounds, are for whoever asks for them.
+bfloat16 where the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`PINS`; of these the certified screen, which is
+slower, and bfloat16, which rounds, are for whoever asks for them.
 """
 
 from __future__ import annotations
