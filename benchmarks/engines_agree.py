@@ -2,8 +2,11 @@
 
     python benchmarks/engines_agree.py activations                  # a store that unweave harvest or the demo wrote
     python benchmarks/engines_agree.py activations --archs topk,relu --steps 1000 --seeds 0,1,2
+    python benchmarks/engines_agree.py planted --archs jumprelu --n-features 1024 --k 12 --steps 120 --batch-size 1024
 
-Every engine gets the same start, rows, order and schedule. The last rows of the store are held out. "difference" is
+Every engine gets the same start, rows, order and schedule. The last rows of the store are held out. "planted" stands for
+sparse sums of 512 directions, drawn anew for each seed: there JumpReLU, whose thresholds make it jump about on a real
+model's rows, comes close enough to itself to be compared. "difference" is
 that of the FVU, as a share of autograd's. Training amplifies roundings, so the noise stands beside it: autograd again,
 twice, from encoder weights moved by a millionth of themselves. One run tells little; the last table has the mean of the
 paired differences over all seeds, with its standard error.
@@ -17,6 +20,7 @@ import statistics
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unweave.activations import ActivationStore, RowStream
@@ -26,7 +30,20 @@ from unweave.sources import ArraySource
 from unweave.training import TrainingConfig, train
 
 ENGINES = ("autograd", "reference", "cpu", "cpu+screen", "autograd, moved 1", "autograd, moved 2")
-OPTIONS: dict[str, dict[str, Any]] = {"jumprelu": {"target_l0": 32.0}, "relu": {}}
+
+
+def options_of(arch: str, k: int) -> dict[str, Any]:
+    return {"jumprelu": {"target_l0": float(k)}, "relu": {}}.get(arch, {"k": k})
+
+
+def planted(n: int, seed: int, d: int = 128, n_directions: int = 512) -> Tensor:
+    """``(n, d)``: about 12 directions a row, common ones and rare ones, with a little noise."""
+    g = torch.Generator().manual_seed(seed)
+    directions = F.normalize(torch.randn(n_directions, d, generator=g), dim=1)
+    share = 1 / torch.arange(1, n_directions + 1) ** 0.7
+    fires = torch.rand(n, n_directions, generator=g) < 12 * share / share.sum()
+    strength = 1 + torch.empty(n, n_directions).exponential_(generator=g)
+    return (fires * strength) @ directions + 0.02 * torch.randn(n, d, generator=g)
 
 
 def measured(dictionary: Any, rows: Tensor) -> dict[str, float]:
@@ -56,6 +73,7 @@ def main() -> None:
     parser.add_argument("store")
     parser.add_argument("--archs", default="topk,batch_topk,jumprelu")
     parser.add_argument("--n-features", type=int, default=4608)
+    parser.add_argument("--k", type=int, default=32, help="features a row, or the target of those that have one")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--batch-size", type=int, default=2048)
@@ -63,17 +81,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=220_000, help="rows of the store to use")
     parser.add_argument("--json", help="write the numbers here too")
     arguments = parser.parse_args()
-    store = ActivationStore.open(arguments.store)
-    rows = store.rows(slice(0, min(arguments.rows, store.n_rows))).float()
-    seen, held_out = rows[:-16_384], rows[-16_384:]
+    store = None if arguments.store == "planted" else ActivationStore.open(arguments.store)
     found = []
     for arch in arguments.archs.split(","):
-        options = OPTIONS.get(arch, {"k": 32})
         for seed in map(int, arguments.seeds.split(",")):
-            truth = 0.0
+            if store is None:
+                rows = planted(min(arguments.rows, 150_000), seed)
+            else:
+                rows = store.rows(slice(0, min(arguments.rows, store.n_rows))).float()
+            seen, held_out, truth = rows[:-16_384], rows[-16_384:], 0.0
             for engine in arguments.engines.split(";"):
                 torch.manual_seed(seed)
-                dictionary = build(arch, rows.shape[1], arguments.n_features, **options)
+                dictionary = build(arch, rows.shape[1], arguments.n_features, **options_of(arch, arguments.k))
                 if "moved" in engine:
                     g = torch.Generator().manual_seed(int(engine[-1]))
                     dictionary.W_enc.data.mul_(1 + 1e-6 * torch.randn(dictionary.W_enc.shape, generator=g))
