@@ -4,12 +4,13 @@
     python benchmarks/engines_agree.py activations --archs topk,relu --steps 1000 --seeds 0,1,2
     python benchmarks/engines_agree.py planted --archs jumprelu --n-features 1024 --k 12 --steps 120 --batch-size 1024
 
-Every engine gets the same start, rows, order and schedule. The last rows of the store are held out. "planted" stands for
-sparse sums of 512 directions, drawn anew for each seed: there JumpReLU, whose thresholds make it jump about on a real
-model's rows, comes close enough to itself to be compared. "difference" is
-that of the FVU, as a share of autograd's. Training amplifies roundings, so the noise stands beside it: autograd again,
-twice, from encoder weights moved by a millionth of themselves. One run tells little; the last table has the mean of the
-paired differences over all seeds, with its standard error.
+Every engine gets the same start, rows, order and schedule. The last rows of the store are held out. "planted" stands
+for sparse sums of 512 directions, drawn anew for each seed: there JumpReLU, whose thresholds make it jump about on a
+real model's rows, comes close enough to itself to be compared.
+
+"difference" is that of the FVU, as a share of autograd's. Training amplifies roundings, so the noise stands beside it:
+autograd again, twice, from encoder weights moved by a millionth of themselves. One run tells little; the last table has
+the mean of the paired differences over all seeds, with its standard error.
 """
 
 from __future__ import annotations
