@@ -72,25 +72,25 @@ def _widen(value):
     return lambda value: value
 
 
-def write_row(out: Any, row: Any, scale: Any) -> None:
-    """``out = scale * row``, rounded to the nearest where ``out`` is bfloat16 (ties to even)."""
+def write_row(out: Any, row: Any) -> None:
+    """``out = row``, rounded to the nearest where ``out`` is bfloat16 (ties to even)."""
     raise NotImplementedError("for compiled code only")
 
 
 @overload(write_row, inline="always")
-def _write_row(out, row, scale):
+def _write_row(out, row):
     if isinstance(out.dtype, types.Integer):
 
-        def rounded(out, row, scale):
+        def rounded(out, row):
             for j in range(len(row)):
-                bits = np.float32(scale * row[j]).view(np.int32)
+                bits = np.float32(row[j]).view(np.int32)
                 out[j] = np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
         return rounded
 
-    def exact(out, row, scale):
+    def exact(out, row):
         for j in range(len(row)):
-            out[j] = scale * row[j]
+            out[j] = row[j]
 
     return exact
 

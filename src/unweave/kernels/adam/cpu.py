@@ -28,7 +28,7 @@ def step_row(w, g, first, second, clip, beta1, beta2, step_size, correction, eps
         for j in range(len(w)):
             w[j] *= scale
     if len(shadow) > 0:
-        write_row(shadow, w, one)
+        write_row(shadow, w)
 
 
 @inline

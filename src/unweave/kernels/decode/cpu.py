@@ -49,7 +49,7 @@ def _decode_residual(lo, hi, offsets, indices, values, W, bias, target, scale, e
         squares[b] = total
         for j in range(d):
             row[j] *= scale
-        write_row(error[b], row, np.float32(1))
+        write_row(error[b], row)
         # The atoms were read a moment ago: this second pass finds them in cache.
         dots(row, W, indices, offsets[b], offsets[b + 1], grads)
 

@@ -17,7 +17,7 @@ _PARTS = 16  # sums of so many stretches of rows, added up in order: the same wh
 
 @jit
 def _centred(lo, hi, rows, centre, x, norms, low):
-    d, has_low, one = len(centre), len(low) > 0, np.float32(1)
+    d, has_low = len(centre), len(low) > 0
     for b in range(lo, hi):
         row, out, total = rows[b], x[b], np.float32(0)
         for j in range(d):
@@ -25,7 +25,7 @@ def _centred(lo, hi, rows, centre, x, norms, low):
             total += out[j] * out[j]
         norms[b] = np.sqrt(total)
         if has_low:
-            write_row(low[b], out, one)
+            write_row(low[b], out)
 
 
 @jit
