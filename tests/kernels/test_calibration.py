@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from unweave.errors import UnweaveError
-from unweave.kernels import calibration
+from unweave.kernels import calibration, multiply
 from unweave.kernels.backend import backend, fastest, serves, why_not
 from unweave.kernels.calibration import PINS, fingerprint, measured, plan_for
+from unweave.kernels.multiply import LIBRARIES
 from unweave.kernels.workspace import Plan, plan_of
 
 needs_numba = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
 CPU = torch.device("cpu")
 LARGE = torch.zeros(4096, 128)  # an encoder large enough to be timed
+TIMES = {"reference": 4.0, "cpu": 3.0, "cpu+numpy": 2.0, "cpu+screen": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def measure(*arguments: Any) -> dict[str, float]:
         asked.append(arguments)
-        return {"reference": 3.0, "cpu": 2.0, "cpu+screen": 1.0}
+        return dict(TIMES)
 
     monkeypatch.setattr(calibration, "measure", measure)
     return asked
@@ -53,15 +55,31 @@ def test_the_environment_pins_a_plan(name, monkeypatch, timings):
         pytest.skip(reason)
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
     plan = plan_for(LARGE, 2048, "train")
-    assert (plan.backend, plan.name) == (name.partition("+")[0], name)
-    assert not timings
+    assert plan == (Plan("cpu", library="numpy") if name == "cpu" else plan_of(name))
+    assert len(timings) == (name == "cpu")
+
+
+@needs_numba
+def test_the_cpu_pin_leaves_the_library_open(timings, monkeypatch):
+    """The fastest of those that multiply in float32; nothing is timed again for it."""
+    plan_for(LARGE, 2048, "train")
+    assert plan_for(LARGE, 2048, "train", "cpu") == Plan("cpu", library="numpy")
+    assert plan_for(LARGE, 2048, "train", "cpu+torch") == Plan("cpu")
+    assert len(timings) == 1
+    assert plan_for(torch.zeros(100, 24), 2048, "train", "cpu") == Plan("cpu")
+    monkeypatch.setenv("UNWEAVE_KERNELS", "cpu+screen")
+    assert plan_for(LARGE, 2048, "train", "cpu") == Plan("cpu", library="numpy")
+    assert plan_for(LARGE.double(), 2048, "train", "cpu") == Plan()
+    monkeypatch.setattr(calibration, "measure", lambda *_: {"reference": 1.0})
+    assert plan_for(LARGE, 2048, "encode", "cpu") == Plan("cpu")
 
 
 @pytest.mark.parametrize("name", ["fast", "screen", "cpu+", "CPU", "cpu+screen+screen"])
 def test_an_unknown_pin_is_refused_with_the_known_ones(name, monkeypatch):
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
     with pytest.raises(
-        UnweaveError, match=r"expected one of reference, cpu, cpu\+certified, cpu\+screen, cpu\+bfloat16, gpu, .* found"
+        UnweaveError,
+        match=r"expected one of reference, cpu, cpu\+torch, cpu\+numpy, .* cpu\+screen, cpu\+bfloat16, gpu, .* found",
     ):
         plan_for(LARGE, 2048)
 
@@ -98,7 +116,7 @@ def test_the_fastest_plan_is_taken_and_remembered(timings, own_cache, monkeypatc
     forget_in_memory(monkeypatch)
     assert plan_for(LARGE, 2048, "train") == Plan("cpu", "screen")
     assert len(timings) == 1
-    assert measured(LARGE, 2048, "train") == {"reference": 3.0, "cpu": 2.0, "cpu+screen": 1.0}
+    assert measured(LARGE, 2048, "train") == TIMES
     (file,) = own_cache.iterdir()
     assert file == calibration.file()
     assert json.loads(file.read_text())["machine"] == json.loads(json.dumps(fingerprint()))
@@ -189,5 +207,6 @@ def test_another_number_of_threads_has_timings_of_its_own(monkeypatch):
 @pytest.mark.parametrize("purpose", ["train", "encode"])
 def test_measuring_times_every_candidate(purpose):
     seconds = calibration.measure(16, 300, 40, purpose, CPU)
-    assert set(seconds) == {"reference", "cpu", "cpu+screen"}
+    libraries = {"numpy", "onednn"} & {library for library in LIBRARIES if multiply.why_not(library) is None}
+    assert set(seconds) == {"reference", "cpu", "cpu+screen", *(f"cpu+{library}" for library in libraries)}
     assert all(0 < value < 60 for value in seconds.values())

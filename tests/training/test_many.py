@@ -29,7 +29,7 @@ NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not inst
 ENGINES = [
     "autograd",
     "reference",
-    *(pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen", "cpu+bfloat16")),
+    *(pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+numpy", "cpu+certified", "cpu+screen", "cpu+bfloat16")),
 ]
 CONFIG = TrainingConfig(n_rows=30 * N, batch_size=N, ring_rows=256, log_every=4, checkpoint_every=7, lr=1e-3)
 Members = dict[str, tuple[Any, TrainingConfig]]

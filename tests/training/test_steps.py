@@ -18,6 +18,7 @@ from unweave.errors import UnweaveError
 from unweave.files import read_tensors
 from unweave.kernels.backend import why_not
 from unweave.kernels.calibration import PINS, pin
+from unweave.kernels.multiply import why_not as missing
 from unweave.sources.arrays import ArraySource
 from unweave.training import TrainingConfig, read_metrics, train
 from unweave.training._steps import AutogradStep, ClosedFormStep, Diverged, make_step
@@ -26,6 +27,7 @@ D, M, N = 24, 100, 64
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
 COMPILED = [pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen")]
 ROUNDED = pytest.param("cpu+bfloat16", marks=NUMBA)
+OTHERS = [pytest.param(f"cpu+{library}", marks=NUMBA) for library in ("numpy", "onednn") if missing(library) is None]
 # A screen's auxiliary products are in bfloat16, on purpose.
 DEAD_CLOSE = [
     ("reference", 1e-4),
@@ -114,7 +116,7 @@ def assert_same_lines(ours: list[dict[str, float]], theirs: list[dict[str, float
 
 
 @pytest.mark.parametrize("clip", [None, 1e-2, 1e2])
-@pytest.mark.parametrize("engine", ["reference", *COMPILED])
+@pytest.mark.parametrize("engine", ["reference", *COMPILED, *OTHERS])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_engine_takes_the_steps_of_autograd(arch, engine, clip):
     """Without clipping, with every step clipped, and with a limit that no step reaches.
@@ -258,7 +260,7 @@ def trained(arch: str, engine: str, folder: Path | None, stop_after: int | None 
     return dictionary
 
 
-@pytest.mark.parametrize("engine", ["autograd", "reference", *COMPILED, ROUNDED])
+@pytest.mark.parametrize("engine", ["autograd", "reference", *COMPILED, *OTHERS, ROUNDED])
 @pytest.mark.parametrize("arch", ["topk", "batch_topk", "jumprelu"])
 def test_every_engine_resumes_bit_for_bit(arch, engine, tmp_path):
     """Stopped twice: weights, thresholds, ring, log and what the screen has learned go on as if nothing had been."""

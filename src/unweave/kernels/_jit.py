@@ -175,7 +175,9 @@ def array(tensor: Tensor) -> np.ndarray[Any, Any]:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def run(kernel: Callable[..., Any], n: int, *args: Any, work: float) -> None:
+def run(
+    kernel: Callable[..., Any], n: int, *args: Any, work: float, chunks_per_thread: int = _CHUNKS_PER_THREAD
+) -> None:
     """Call ``kernel(lo, hi, *args)`` over ranges that cover ``0..n``, on as many threads as torch uses.
 
     Ranges are handed out as threads come free, so a kernel may write only what belongs to its rows.
@@ -189,7 +191,7 @@ def run(kernel: Callable[..., Any], n: int, *args: Any, work: float) -> None:
         kernel(0, n, *args)
         return
     _rest()
-    chunks = min(threads * _CHUNKS_PER_THREAD, n // grain)
+    chunks = min(threads * chunks_per_thread, n // grain)
     edges = [n * i // chunks for i in range(chunks + 1)]
     tickets = itertools.count()
 

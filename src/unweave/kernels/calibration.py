@@ -3,7 +3,8 @@
 The candidates do the same work and give the same code (a screened selection is decided in float32), so the choice
 changes how long things take, and the last bits of sums. (But for AuxK: what dead features learn is worked out in
 bfloat16 where the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`PINS`; of these the certified screen, which is
-slower, and bfloat16, which rounds, are for whoever asks for them.
+slower, and bfloat16, which rounds, are for whoever asks for them. "cpu" is float32 throughout, and leaves open by which
+library.
 """
 
 from __future__ import annotations
@@ -26,28 +27,45 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.files import cache_dir, read_json, write_json
+from unweave.kernels import multiply
 from unweave.kernels.adam.reference import AdamStep, Rows
 from unweave.kernels.backend import BackendName, serves, why_not
+from unweave.kernels.multiply import LIBRARIES
 from unweave.kernels.select import TopKRule
 from unweave.kernels.workspace import Plan, Workspace, plan_of
 from unweave.progress import track
 
 Purpose = Literal["train", "encode"]
-PINS = ("reference", "cpu", "cpu+certified", "cpu+screen", "cpu+bfloat16", "gpu", "gpu+screen", "gpu+bfloat16")
+PINS = (
+    "reference",
+    "cpu",
+    *(f"cpu+{library}" for library in LIBRARIES),
+    "cpu+certified",
+    "cpu+screen",
+    "cpu+bfloat16",
+    "gpu",
+    "gpu+screen",
+    "gpu+bfloat16",
+)
 _SMALL = 2**18  # entries of an encoder below which all plans take about as long as the calibration's noise
 _ROUNDS = 3
 _known: dict[str, dict[str, Any]] = {}
 
 
-def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode") -> Plan:
+def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode", pinned: str | None = None) -> Plan:
     """The plan for an encoder ``W (n_features, d)`` and batches of ``n_rows``; measured if it is not known yet.
 
+    Args:
+        pinned: one of :data:`PINS`; None for what ``UNWEAVE_KERNELS`` says.
+
     Raises:
-        UnweaveError: when ``UNWEAVE_KERNELS`` names no plan, or one that cannot run here.
+        UnweaveError: when the pin names no plan, or one that cannot run here.
     """
-    pinned = os.environ.get("UNWEAVE_KERNELS")
+    pinned = pinned or os.environ.get("UNWEAVE_KERNELS")
     if pinned:
-        return pin(pinned, W)
+        plan = pin(pinned, W)
+        if pinned != "cpu" or plan.backend != "cpu":
+            return plan
     compiled: BackendName = "gpu" if W.is_cuda else "cpu"
     if not serves(compiled, W):
         return Plan()
@@ -59,8 +77,10 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode") -> Plan:
     if key not in known:
         known = _read() | {key: measure(W.shape[1], W.shape[0], n_rows, purpose, W.device)}
         _write(known)
-    fastest = min(known[key], key=lambda name: known[key][name])
-    return plan_of(fastest)
+    times = {plan_of(name): seconds for name, seconds in known[key].items()}
+    if pinned:
+        times = {plan: seconds for plan, seconds in times.items() if plan.backend == "cpu" and not plan.low}
+    return min(times, key=lambda plan: times[plan], default=Plan(compiled))
 
 
 def pin(name: str, W: Tensor | None = None) -> Plan:
@@ -72,7 +92,7 @@ def pin(name: str, W: Tensor | None = None) -> Plan:
     if name not in PINS:
         raise UnweaveError(f"kernels: expected one of {', '.join(PINS)}, found {name!r}")
     plan = plan_of(name)
-    if reason := why_not(plan.backend):
+    if reason := why_not(plan.backend) or multiply.why_not(plan.library):
         raise UnweaveError(f"kernels {name!r} cannot be used here: {reason}")
     # A pin is a wish for where it can hold: a float64 dictionary, or one on another device, takes the reference.
     return plan if W is None or serves(plan.backend, W) else Plan()
@@ -81,7 +101,8 @@ def pin(name: str, W: Tensor | None = None) -> Plan:
 def measure(d: int, n_features: int, n_rows: int, purpose: Purpose, device: torch.device) -> dict[str, float]:
     """Seconds of each candidate plan on random rows, by its name; medians of a few interleaved rounds."""
     compiled = "gpu" if device.type == "cuda" else "cpu"
-    names = ("reference", compiled, f"{compiled}+screen")
+    others = [f"cpu+{library}" for library in LIBRARIES if library != "torch" and multiply.why_not(library) is None]
+    names = ("reference", compiled, f"{compiled}+screen", *(others if compiled == "cpu" else ()))
     n_rows = max(1, min(n_rows, 2**20 // max(1, n_features // 16)))
     jobs = _jobs(names, purpose, d, n_features, n_rows, device)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -125,7 +146,7 @@ def forget() -> None:
 def fingerprint() -> dict[str, Any]:
     """What a timing depends on: processor, threads, versions, accelerator."""
     versions = {}
-    for package in ("torch", "numba", "triton", "unweave"):
+    for package in ("torch", "numpy", "numba", "triton", "unweave"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {

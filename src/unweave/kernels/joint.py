@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unweave.kernels.multiply import multiply
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import Rule, select
 from unweave.kernels.workspace import Plan, Shadow, Workspace
@@ -53,7 +54,7 @@ class JointProduct:
             shape = (len(x), len(W))
             if self._scores is None or self._scores.shape != shape:
                 self._scores = self._rows.new_empty(shape)
-            torch.mm(self._rows, W.T, out=self._scores)
+            self._scores = multiply(self._rows, W, self._scores, self.plan.library)
             self._of, self._norms = x, None
         assert self._scores is not None
         assert self._rows is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unweave.kernels.backend import Backend, BackendName, backend
+from unweave.kernels.multiply import LIBRARIES, Library, multiply
 from unweave.kernels.pattern import Pattern, concatenate
 from unweave.kernels.select import BatchTopKRule, Exact, Rule, select
 from unweave.kernels.select.screen import CertifiedScreen, Screen, largest_errors
@@ -29,11 +30,13 @@ class Plan:
 
     ``scores`` is "float32"; "screen" for a product in bfloat16 that finds candidates, among which float32 decides;
     "certified" for the same with margins that are proven, not learned; or "bfloat16" for a product that is taken as it
-    is, and where a training step gathers rows and atoms it reads copies in bfloat16 too.
+    is, and where a training step gathers rows and atoms it reads copies in bfloat16 too. ``library`` makes the product
+    in float32 on a processor.
     """
 
     backend: BackendName = "reference"
     scores: Scores = "float32"
+    library: Library = "torch"
 
     @property
     def low(self) -> bool:
@@ -42,16 +45,20 @@ class Plan:
 
     @property
     def name(self) -> str:
-        return f"{self.backend}+{self.scores}" if self.low else self.backend
+        how = self.scores if self.low else self.library
+        return self.backend if how == "torch" else f"{self.backend}+{how}"
 
     def __str__(self) -> str:
-        return f"{self.backend}, {_IN_WORDS[self.scores]}"
+        by = "" if self.library == "torch" else f" by {self.library}"
+        return f"{self.backend}, {_IN_WORDS[self.scores]}{by}"
 
 
 def plan_of(name: str) -> Plan:
-    """The plan of that name: a backend, or one with how scores are made behind a "+"."""
-    base, _, scores = name.partition("+")
-    return Plan(base, scores or "float32")  # pyright: ignore[reportArgumentType]
+    """The plan of that name: a backend, or one with how or by what scores are made behind a "+"."""
+    base: Any
+    how: Any
+    base, _, how = name.partition("+")
+    return Plan(base, library=how) if how in LIBRARIES else Plan(base, how or "float32")
 
 
 class Shadow:
@@ -165,10 +172,10 @@ class Workspace:
         self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None
     ) -> tuple[Pattern, Tensor]:
         if not self.plan.low:
-            scores = torch.mm(x, W_enc.T, out=self._buffer(len(x), len(W_enc), x))
+            scores = multiply(x, W_enc, self._buffer(len(x), len(W_enc), x), self.plan.library)
             return select(self.ops.select, rule, scores, b_enc)
         low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
-        scores = torch.mm(low, shadow.T, out=self._buffer(len(x), len(W_enc), low))
+        scores = multiply(low, shadow, self._buffer(len(x), len(W_enc), low))
         return select(self.ops.select, rule, scores, b_enc, self._exact(x, low, W_enc, norms))
 
     def _bfloat16(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from unweave.activations.stream import Chunk
 from unweave.dictionaries import Dictionary, Loss, TrainingBatch
 from unweave.dictionaries._base import no_side
 from unweave.errors import UnweaveError
-from unweave.kernels.calibration import pin, plan_for
+from unweave.kernels.calibration import plan_for
 from unweave.kernels.workspace import Plan
 from unweave.training._steps import Diverged, make_step
 from unweave.training._window import Window
@@ -57,9 +57,8 @@ class Trainer:
         engine = self.config.engine
         if engine == "autograd":
             return None
-        if engine != "auto":
-            return lambda: pin(engine, self._encoder())
-        return lambda: plan_for(self._encoder(), self.config.batch_size, "train")
+        pinned = None if engine == "auto" else engine
+        return lambda: plan_for(self._encoder(), self.config.batch_size, "train", pinned)
 
     def _encoder(self) -> Tensor:
         return self.parameters["W_enc"].detach()

@@ -14,6 +14,9 @@ Engine = Literal[
     "autograd",
     "reference",
     "cpu",
+    "cpu+torch",
+    "cpu+numpy",
+    "cpu+onednn",
     "cpu+certified",
     "cpu+screen",
     "cpu+bfloat16",
@@ -51,7 +54,8 @@ class TrainingConfig(Config):
             were fastest on this machine (see ``unweave doctor``). "reference", "cpu", "cpu+certified", "cpu+screen",
             "gpu" or "gpu+screen" pins them, "autograd" does without. All of these agree to float32's last digits (but
             what AuxK adds, to bfloat16's where the plan screens). "cpu+bfloat16" and "gpu+bfloat16", the fastest, round
-            codes, atoms, rows and errors to bfloat16 where a step reads them; weights and moments stay float32.
+            codes, atoms, rows and errors to bfloat16 where a step reads them; weights and moments stay float32. "cpu"
+            takes the fastest library for float32 products; "cpu+torch", "cpu+numpy" and "cpu+onednn" name one.
         precision: of matrix products on NVIDIA cards. "tf32" keeps 10 bits of mantissa, more than the bfloat16 the
             activations were stored in; processors always work in float32.
     """
