@@ -13,8 +13,11 @@ _BY_VALUE = 24  # rounds of bisection: enough for scores of like size
 
 
 @inline
-def group_maxima(p, shift, signed, maxima):
-    """``maxima[g]`` is the largest score among the entries ``g, g + G, g + 2G, ...``."""
+def group_maxima(p, shift, signed, rounding, maxima):
+    """``maxima[g]`` is the largest score among the entries ``g, g + G, g + 2G, ...``, before it was rounded.
+
+    ``rounding`` is how much of itself a score may have lost; 0, or unsigned.
+    """
     m, n_groups = len(p), len(maxima)
     maxima[:] = LOWEST
     at = 0
@@ -24,6 +27,10 @@ def group_maxima(p, shift, signed, maxima):
         if signed:
             for j in range(width):
                 maxima[j] = max(maxima[j], abs(widen(part[j]) + offset[j]))
+        elif rounding > 0:
+            for j in range(width):
+                raw = widen(part[j])
+                maxima[j] = max(maxima[j], raw + rounding * abs(raw) + offset[j])
         else:
             for j in range(width):
                 maxima[j] = max(maxima[j], widen(part[j]) + offset[j])
@@ -78,15 +85,21 @@ def cut_at(scores, n, k):
 
 
 @inline
+def reaching(maxima, bound, hot):
+    """The groups whose maximum is at least ``bound``, into ``hot``; how many."""
+    n = 0
+    for g in range(len(maxima)):
+        hot[n] = g
+        n += maxima[g] >= bound
+    return n
+
+
+@inline
 def collect(p, shift, signed, maxima, bound, hot, found):
     """Entries whose score is at least ``bound``, group by group; how many."""
     m, n_groups = len(p), len(maxima)
-    n_hot = 0
-    for g in range(n_groups):
-        hot[n_hot] = g
-        n_hot += maxima[g] >= bound
     n = 0
-    for h in range(n_hot):
+    for h in range(reaching(maxima, bound, hot)):
         for j in range(hot[h], m, n_groups):
             score = widen(p[j]) + shift[j]
             if signed:

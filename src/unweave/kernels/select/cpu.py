@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.kernels._jit import array, dots, inline, jit, run, widen
+from unweave.kernels._jit import array, dots, jit, run, widen
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import Exact
-from unweave.kernels.select._loops import HUGE, LOWEST, MIN_GROUPS, bound_of, collect, cut_at, group_maxima, keep_best
+from unweave.kernels.select._loops import HUGE, MIN_GROUPS, bound_of, collect, cut_at, group_maxima, keep_best, reaching
 
 _GROUPS_OF_8 = 768  # at most; beyond, groups of 16: more groups are more bookkeeping, larger ones more to look through
 _ROUNDING = np.float32(2.0**-8)  # bfloat16's, of the score as it was rounded
@@ -37,7 +37,7 @@ def _topk(lo, hi, P, start, shift, k, signed, n_groups, indices, values):
     hot, found = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32)
     for b in range(lo, hi):
         p = P[b, start : start + m]
-        group_maxima(p, shift, signed, maxima)
+        group_maxima(p, shift, signed, np.float32(0), maxima)
         n = collect(p, shift, signed, maxima, bound_of(maxima, k, scratch), hot, found)
         for q in range(n):
             exact[q] = widen(p[found[q]]) + shift[found[q]]
@@ -55,7 +55,7 @@ def _screen_topk(
     hot, found, near = np.empty(n_groups + 1, np.int32), np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
     for b in range(lo, hi):
         p, x = P[b, start : start + m], X[b]
-        group_maxima(p, shift, signed, maxima)
+        group_maxima(p, shift, signed, np.float32(0), maxima)
         bound = bound_of(maxima, k, scratch)
         error = tolerance * lengths[b]
         off = np.float32(0)
@@ -110,13 +110,9 @@ def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, 
     at, end = lo * capacity, hi * capacity
     for b in range(lo, hi):
         p, bound = P[b, start : start + m], low[b]
-        _group_maxima_inflated(p, shift, rounding, maxima)
-        n_hot = 0
-        for g in range(n_groups):
-            hot[n_hot] = g
-            n_hot += maxima[g] >= bound
+        group_maxima(p, shift, False, rounding, maxima)
         n, room = 0, end - at
-        for h in range(n_hot):
+        for h in range(reaching(maxima, bound, hot)):
             for j in range(hot[h], m, n_groups):
                 raw = widen(p[j])
                 slot = at + min(n, room - 1)
@@ -129,20 +125,6 @@ def _above(lo, hi, P, start, shift, low, rounding, n_groups, capacity, indices, 
             return
         starts[b], counts[b] = at, n
         at += n
-
-
-@inline
-def _group_maxima_inflated(p, shift, rounding, maxima):
-    m, n_groups = len(p), len(maxima)
-    maxima[:] = LOWEST
-    at = 0
-    while at < m:
-        width = min(n_groups, m - at)
-        part, offset = p[at : at + width], shift[at : at + width]
-        for j in range(width):
-            raw = widen(part[j])
-            maxima[j] = max(maxima[j], raw + rounding * abs(raw) + offset[j])
-        at += n_groups
 
 
 @jit
