@@ -78,11 +78,12 @@ class Unweave(Peer):
 
     def __init__(self, setup: Setup, arch: str = "TopK", engine: str = "autograd") -> None:
         self.name = f"unweave {version('unweave')} {arch}"
-        self.setting = f"engine {engine}"
         self.plan = "reference" if engine == "autograd" else ENGINES[engine]
         self.dictionary = dictionary_of(setup, arch)
         self.hand = _Hand()
         self.trainer = trainer_of(self.dictionary, self.hand, setup, engine)
+        used = self.trainer.stepper.engine
+        self.setting = f"engine {engine}" if engine in used else f"engine {engine} ({used})"
 
     def train_step(self, x: Tensor) -> None:
         self.dictionary.train()

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from unweave.kernels import workspace
 from unweave.kernels.backend import why_not
 from unweave.kernels.joint import JointProduct, JointWorkspace
-from unweave.kernels.multiply import LIBRARIES
-from unweave.kernels.multiply import why_not as missing
+from unweave.kernels.multiply import at_hand
 from unweave.kernels.pattern import Pattern, concatenate
 from unweave.kernels.select import AboveRule, BatchTopKRule, Rule, TopKRule
 from unweave.kernels.threads import serial
@@ -23,7 +22,7 @@ PLANS = [
     Plan("reference"),
     Plan("reference", "screen"),
     Plan("reference", "certified"),
-    *(pytest.param(Plan("cpu", library=library), marks=NUMBA) for library in LIBRARIES if missing(library) is None),
+    *(pytest.param(Plan("cpu", library=library), marks=NUMBA) for library in at_hand()),
     pytest.param(Plan("cpu", "screen"), marks=NUMBA),
     pytest.param(Plan("cpu", "certified"), marks=NUMBA),
 ]

@@ -20,8 +20,9 @@ from unweave.files import only_writer, read_tensors
 from unweave.kernels.backend import why_not
 from unweave.kernels.calibration import pin
 from unweave.kernels.joint import JointProduct, JointWorkspace
+from unweave.kernels.multiply import at_hand
 from unweave.sources.arrays import ArraySource
-from unweave.training import Trained, TrainingConfig, train, train_many
+from unweave.training import Trained, TrainingConfig, many, train, train_many
 from unweave.training._steps import ClosedFormStep, make_step
 
 D, N = 24, 64
@@ -29,7 +30,8 @@ NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not inst
 ENGINES = [
     "autograd",
     "reference",
-    *(pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+numpy", "cpu+certified", "cpu+screen", "cpu+bfloat16")),
+    *(pytest.param(f"cpu+{library}", marks=NUMBA) for library in at_hand()),
+    *(pytest.param(name, marks=NUMBA) for name in ("cpu+certified", "cpu+screen", "cpu+bfloat16")),
 ]
 CONFIG = TrainingConfig(n_rows=30 * N, batch_size=N, ring_rows=256, log_every=4, checkpoint_every=7, lr=1e-3)
 Members = dict[str, tuple[Any, TrainingConfig]]
@@ -152,6 +154,25 @@ def test_random_numbers_are_each_members_own():
     torch.set_rng_state(state)
     noisy()
     assert torch.equal(after, torch.rand(1)), "training moved the caller's random state"
+
+
+@NUMBA
+def test_members_of_other_libraries_share_one_product(monkeypatch):
+    """Each member's library was timed for its size; that must not part them."""
+    joined: list[list[int]] = []
+
+    class Counted(JointProduct):
+        def __init__(self, encoders: Any, plan: Any) -> None:
+            joined.append([len(W) for W in encoders])
+            super().__init__(encoders, plan)
+
+    monkeypatch.setattr(many, "JointProduct", Counted)
+    made = members()
+    names = [f"cpu+{library}" for library in at_hand()]
+    for number, (name, (dictionary, config)) in enumerate(members().items()):
+        made[name] = (dictionary, config.replace(engine=names[number % len(names)]))
+    train_many(made, stream())
+    assert joined == [[50, 130, 50, 77, 50, 90]]
 
 
 @pytest.mark.parametrize("engine", ["reference", pytest.param("cpu+screen", marks=NUMBA)])

@@ -18,16 +18,16 @@ from unweave.errors import UnweaveError
 from unweave.files import read_tensors
 from unweave.kernels.backend import why_not
 from unweave.kernels.calibration import PINS, pin
-from unweave.kernels.multiply import why_not as missing
+from unweave.kernels.multiply import at_hand
 from unweave.sources.arrays import ArraySource
-from unweave.training import TrainingConfig, read_metrics, train
+from unweave.training import TrainingConfig, _steps, read_metrics, train
 from unweave.training._steps import AutogradStep, ClosedFormStep, Diverged, make_step
 
 D, M, N = 24, 100, 64
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
 COMPILED = [pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen")]
 ROUNDED = pytest.param("cpu+bfloat16", marks=NUMBA)
-OTHERS = [pytest.param(f"cpu+{library}", marks=NUMBA) for library in ("numpy", "onednn") if missing(library) is None]
+OTHERS = [pytest.param(f"cpu+{library}", marks=NUMBA) for library in at_hand() if library != "torch"]
 # A screen's auxiliary products are in bfloat16, on purpose.
 DEAD_CLOSE = [
     ("reference", 1e-4),
@@ -308,6 +308,19 @@ def test_a_resumed_run_keeps_its_plan_where_it_can():
     third.stepper.load_state_dict(elsewhere)
     assert third.stepper.plan == bench.stepper.plan
     assert third.stepper.state_dict() == bench.stepper.state_dict()
+
+
+@NUMBA
+def test_a_resumed_run_keeps_its_library_where_it_is_at_hand(monkeypatch):
+    bench, other = Bench("topk", "cpu+numpy"), Bench("topk", "cpu+torch")
+    bench.run(range(3))
+    other.stepper.load_state_dict(bench.stepper.state_dict())
+    assert other.stepper.engine == "cpu+numpy"
+    other.stepper.load_state_dict({**bench.stepper.state_dict(), "plan": "cpu"})  # before there were others
+    assert other.stepper.engine == "cpu+torch"
+    monkeypatch.setattr(_steps, "why_not", lambda library: "not here" if library == "numpy" else None)
+    other.stepper.load_state_dict(bench.stepper.state_dict())
+    assert other.stepper.engine == "cpu+torch"
 
 
 # ---- small parameters ------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def doctor(
 
     from unweave.kernels import calibration
     from unweave.kernels.backend import why_not
+    from unweave.kernels.workspace import plan_of
 
     sizes = [_shape(text) for text in shapes or ["576,4608,2048"]]
     if again:
@@ -55,7 +56,7 @@ def doctor(
             if not seconds:
                 table.add_row(shape, purpose, str(chosen), "", "not timed")
             for name, time in sorted(seconds.items(), key=lambda item: item[1]):
-                plan = calibration.pin(name)
+                plan = plan_of(name)
                 table.add_row(shape, purpose, str(plan), f"{time * 1e3:.1f}", "chosen" if plan == chosen else "")
     show(table)
     if not calibration.fingerprint()["bfloat16"] and device.type == "cpu":

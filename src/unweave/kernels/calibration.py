@@ -1,4 +1,4 @@
-"""Which plan is fastest on this machine: timed once per kind of shape, in about a second, and remembered.
+"""Which plan is fastest on this machine: timed once per kind of shape, in a second or two, and remembered.
 
 The candidates do the same work and give the same code (a screened selection is decided in float32), so the choice
 changes how long things take, and the last bits of sums. (But for AuxK: what dead features learn is worked out in
@@ -78,6 +78,7 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode", pinned: str | 
         known = _read() | {key: measure(W.shape[1], W.shape[0], n_rows, purpose, W.device)}
         _write(known)
     times = {plan_of(name): seconds for name, seconds in known[key].items()}
+    times = {plan: seconds for plan, seconds in times.items() if multiply.why_not(plan.library) is None}
     if pinned:
         times = {plan: seconds for plan, seconds in times.items() if plan.backend == "cpu" and not plan.low}
     return min(times, key=lambda plan: times[plan], default=Plan(compiled))
@@ -101,8 +102,8 @@ def pin(name: str, W: Tensor | None = None) -> Plan:
 def measure(d: int, n_features: int, n_rows: int, purpose: Purpose, device: torch.device) -> dict[str, float]:
     """Seconds of each candidate plan on random rows, by its name; medians of a few interleaved rounds."""
     compiled = "gpu" if device.type == "cuda" else "cpu"
-    others = [f"cpu+{library}" for library in LIBRARIES if library != "torch" and multiply.why_not(library) is None]
-    names = ("reference", compiled, f"{compiled}+screen", *(others if compiled == "cpu" else ()))
+    exact = [f"cpu+{library}" for library in multiply.at_hand()] if compiled == "cpu" else ["gpu"]
+    names = ("reference", *exact, f"{compiled}+screen")
     n_rows = max(1, min(n_rows, 2**20 // max(1, n_features // 16)))
     jobs = _jobs(names, purpose, d, n_features, n_rows, device)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -153,6 +154,7 @@ def fingerprint() -> dict[str, Any]:
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": _has_fast_bfloat16(),
+        "float32 by": ", ".join(multiply.at_hand()),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         **versions,

@@ -32,6 +32,7 @@ class JointProduct:
         self.slices = [slice(end - size, end) for end, size in zip(ends, sizes)]
         self._of: Tensor | None = None
         self._scores: Tensor | None = None
+        self._held: Tensor | None = None
         self._rows: Tensor | None = None
         self._norms: Tensor | None = None
 
@@ -50,15 +51,19 @@ class JointProduct:
             # Dictionaries step one after the other. What the first one's step moves are its own rows of W, so the
             # scores of the others are still those of their present weights.
             W = self.W if self.shadow is None else self.shadow
-            self._rows = x.to(W.dtype)
-            shape = (len(x), len(W))
-            if self._scores is None or self._scores.shape != shape:
-                self._scores = self._rows.new_empty(shape)
-            self._scores = multiply(self._rows, W, self._scores, self.plan.library)
+            self._rows, self._scores = x.to(W.dtype), None
+            self._scores = multiply(self._rows, W, self._place, self.plan.library)
             self._of, self._norms = x, None
         assert self._scores is not None
         assert self._rows is not None
         return self._scores, self._rows
+
+    def _place(self) -> Tensor:
+        assert self._rows is not None
+        shape = (len(self._rows), len(self.W))
+        if self._held is None or self._held.shape != shape:
+            self._held = self._rows.new_empty(shape)
+        return self._held
 
     def forget_scores(self) -> None:
         """The weights have changed: the same rows have other scores now."""
@@ -88,6 +93,8 @@ class _Slice(Shadow):
 
 class JointWorkspace(Workspace):
     """A workspace whose scores are columns of a joint product."""
+
+    _multiplies_centred = False
 
     def __init__(self, joint: JointProduct, number: int) -> None:
         super().__init__(joint.plan, joint.W.device)

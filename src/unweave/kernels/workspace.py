@@ -45,16 +45,20 @@ class Plan:
 
     @property
     def name(self) -> str:
-        how = self.scores if self.low else self.library
-        return self.backend if how == "torch" else f"{self.backend}+{how}"
+        if self.low:
+            return f"{self.backend}+{self.scores}"
+        return f"cpu+{self.library}" if self.backend == "cpu" else self.backend
 
     def __str__(self) -> str:
-        by = "" if self.library == "torch" else f" by {self.library}"
+        by = f" by {self.library}" if self.backend == "cpu" and not self.low else ""
         return f"{self.backend}, {_IN_WORDS[self.scores]}{by}"
 
 
 def plan_of(name: str) -> Plan:
-    """The plan of that name: a backend, or one with how or by what scores are made behind a "+"."""
+    """The plan of that name: a backend, or one with how or by what scores are made behind a "+".
+
+    "cpu" is by torch: old checkpoints and timings say so. As a pin it is by whatever is fastest.
+    """
     base: Any
     how: Any
     base, _, how = name.partition("+")
@@ -96,6 +100,8 @@ class Workspace:
         encoder, decoder: shadows of the weights, of which a plan uses both, the first or none.
     """
 
+    _multiplies_centred = True  # and has a use for a bfloat16 copy of them
+
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self.ops: Backend = backend(plan.backend)
@@ -118,7 +124,7 @@ class Workspace:
         rows = rows.detach()
         if centre is None:
             return rows, rows.norm(dim=1)
-        x, norms, low = self.ops.rows.centred(rows, centre, self.plan.low)
+        x, norms, low = self.ops.rows.centred(rows, centre, self._multiplies_centred and self.plan.low)
         self._last = (x, low)
         return x, norms
 
@@ -172,10 +178,10 @@ class Workspace:
         self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None
     ) -> tuple[Pattern, Tensor]:
         if not self.plan.low:
-            scores = multiply(x, W_enc, self._buffer(len(x), len(W_enc), x), self.plan.library)
+            scores = multiply(x, W_enc, lambda: self._buffer(len(x), len(W_enc), x), self.plan.library)
             return select(self.ops.select, rule, scores, b_enc)
         low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
-        scores = multiply(low, shadow, self._buffer(len(x), len(W_enc), low))
+        scores = multiply(low, shadow, lambda: self._buffer(len(x), len(W_enc), low))
         return select(self.ops.select, rule, scores, b_enc, self._exact(x, low, W_enc, norms))
 
     def _bfloat16(self, x: Tensor) -> Tensor:

@@ -227,16 +227,21 @@ class _Grid:
 
 
 def _join(trainers: list[Trainer]) -> list[JointProduct]:
-    """Let members that are trained in closed form by the same plan, from the same rows, share one encoder product."""
+    """Let members that are trained in closed form by the same plan, from the same rows, share one encoder product.
+
+    The library that multiplies may differ, for it was timed for each member's size; the first member's does it for all.
+    """
     groups: dict[Any, list[tuple[Trainer, ClosedFormStep]]] = {}
     for trainer in trainers:
         # A joint product is of rows before any centre is taken off: too long for scores that stay in bfloat16.
         if isinstance(trainer.stepper, ClosedFormStep) and trainer.stepper.plan.scores != "bfloat16":
-            key = (trainer.stepper.plan, trainer.dictionary.d_in, trainer.scale)
+            plan = trainer.stepper.plan
+            key = (plan.backend, plan.scores, trainer.dictionary.d_in, trainer.scale)
             groups.setdefault(key, []).append((trainer, trainer.stepper))
     joints = []
-    for (plan, *_), together in groups.items():
+    for together in groups.values():
         for group in _of_bounded_size(together):
+            plan = group[0][1].plan
             joint = JointProduct([stepper.parameters["W_enc"] for _, stepper in group], plan)
             for number, (_, stepper) in enumerate(group):
                 screen = stepper.work.screen.state_dict()

@@ -14,9 +14,9 @@ _BY_VALUE = 24  # rounds of bisection: enough for scores of like size
 
 @inline
 def group_maxima(p, shift, signed, rounding, maxima):
-    """``maxima[g]`` is the largest score among the entries ``g, g + G, g + 2G, ...``, before it was rounded.
+    """``maxima[g]`` is the largest score among the entries ``g, g + G, g + 2G, ...``.
 
-    ``rounding`` is how much of itself a score may have lost; 0, or unsigned.
+    With ``rounding``, the share of itself that a score may have lost, the largest that one may have been; not signed.
     """
     m, n_groups = len(p), len(maxima)
     maxima[:] = LOWEST
