@@ -118,5 +118,5 @@ class JointWorkspace(Workspace):
         if centre is not None:
             shift = shift - W_enc @ centre
         scores, multiplied = self._joint.scores(rows)
-        exact = self._exact(rows, multiplied, W_enc, self._joint.norms(rows)) if self.plan.low else None
+        exact = self._exact(rule, rows, multiplied, W_enc, self._joint.norms(rows)) if self.plan.low else None
         return select(self.ops.select, rule, scores[:, self._slice], shift, exact)

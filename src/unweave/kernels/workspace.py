@@ -11,7 +11,7 @@ from torch import Tensor
 from unweave.kernels.backend import Backend, BackendName, backend
 from unweave.kernels.multiply import LIBRARIES, Library, multiply
 from unweave.kernels.pattern import Pattern, concatenate
-from unweave.kernels.select import BatchTopKRule, Exact, Rule, select
+from unweave.kernels.select import AboveRule, BatchTopKRule, Exact, Rule, select
 from unweave.kernels.select.screen import CertifiedScreen, Screen, largest_errors
 
 Scores = Literal["float32", "certified", "screen", "bfloat16"]
@@ -30,8 +30,8 @@ class Plan:
 
     ``scores`` is "float32"; "screen" for a product in bfloat16 that finds candidates, among which float32 decides;
     "certified" for the same with margins that are proven, not learned; or "bfloat16" for a product that is taken as it
-    is, and where a training step gathers rows and atoms it reads copies in bfloat16 too. ``library`` makes the product
-    in float32 on a processor.
+    is (but under a rule that is fine), and where a training step gathers rows and atoms it reads copies in bfloat16
+    too. ``library`` makes the product in float32 on a processor.
     """
 
     backend: BackendName = "reference"
@@ -182,15 +182,15 @@ class Workspace:
             return select(self.ops.select, rule, scores, b_enc)
         low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
         scores = multiply(low, shadow, lambda: self._buffer(len(x), len(W_enc), low))
-        return select(self.ops.select, rule, scores, b_enc, self._exact(x, low, W_enc, norms))
+        return select(self.ops.select, rule, scores, b_enc, self._exact(rule, x, low, W_enc, norms))
 
     def _bfloat16(self, x: Tensor) -> Tensor:
         rows, low = self._last
         return low if x is rows and low is not None else x.bfloat16()
 
-    def _exact(self, x: Tensor, low: Tensor, W_enc: Tensor, norms: Tensor | None) -> Exact | None:
+    def _exact(self, rule: Rule, x: Tensor, low: Tensor, W_enc: Tensor, norms: Tensor | None) -> Exact | None:
         """What bfloat16 scores are checked with; None where they are taken as they are."""
-        if self.plan.scores == "bfloat16":
+        if self.plan.scores == "bfloat16" and not (isinstance(rule, AboveRule) and rule.fine):
             return None
         if self.plan.scores == "certified":
             lengths = largest_errors(self.ops.select, x, low, W_enc, self.encoder.follow(W_enc))

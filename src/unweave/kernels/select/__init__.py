@@ -28,10 +28,15 @@ class BatchTopKRule:
 
 @dataclass(frozen=True)
 class AboveRule:
-    """Everything above a threshold: a number, or one per feature. ``expected`` entries a row."""
+    """Everything above a threshold: a number, or one per feature. ``expected`` entries a row.
+
+    ``fine``: what is done with the scores tells apart what bfloat16 rounds to the same number, so that candidates are
+    worked out in float32 even where a plan takes bfloat16 scores as they are.
+    """
 
     threshold: Tensor | float
     expected: float = 64.0
+    fine: bool = False
 
 
 Rule = TopKRule | BatchTopKRule | AboveRule
