@@ -12,7 +12,8 @@ import torch
 from unweave.errors import UnweaveError
 from unweave.kernels import calibration, multiply
 from unweave.kernels.backend import backend, fastest, serves, why_not
-from unweave.kernels.calibration import PINS, fingerprint, measured, plan_for
+from unweave.kernels.calibration import fingerprint, measured, plan_for
+from unweave.kernels.names import PINS
 from unweave.kernels.workspace import Plan, plan_of
 
 needs_numba = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")

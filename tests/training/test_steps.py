@@ -17,8 +17,9 @@ from unweave.dictionaries._linear import LinearDictionary
 from unweave.errors import UnweaveError
 from unweave.files import read_tensors
 from unweave.kernels.backend import why_not
-from unweave.kernels.calibration import PINS, pin
+from unweave.kernels.calibration import pin
 from unweave.kernels.multiply import at_hand
+from unweave.kernels.names import PINS
 from unweave.sources.arrays import ArraySource
 from unweave.training import TrainingConfig, _steps, read_metrics, train
 from unweave.training._steps import AutogradStep, ClosedFormStep, Diverged, make_step

@@ -2,9 +2,9 @@
 
 The candidates do the same work and give the same code (a screened selection is decided in float32), so the choice
 changes how long things take, and the last bits of sums. (But for AuxK: what dead features learn is worked out in
-bfloat16 where the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`PINS`; of these the certified screen, which is
-slower, and bfloat16, which rounds, are for whoever asks for them. "cpu" is float32 throughout, and leaves open by which
-library.
+bfloat16 where the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`~unweave.kernels.names.PINS`; of these the
+certified screen, which is slower, and bfloat16, which rounds, are for whoever asks for them. "cpu" is float32
+throughout, and leaves open by which library.
 """
 
 from __future__ import annotations
@@ -30,23 +30,12 @@ from unweave.files import cache_dir, read_json, write_json
 from unweave.kernels import multiply
 from unweave.kernels.adam.reference import AdamStep, Rows
 from unweave.kernels.backend import BackendName, serves, why_not
-from unweave.kernels.multiply import LIBRARIES
+from unweave.kernels.names import PINS
 from unweave.kernels.select import TopKRule
 from unweave.kernels.workspace import Plan, Workspace, plan_of
 from unweave.progress import track
 
 Purpose = Literal["train", "encode"]
-PINS = (
-    "reference",
-    "cpu",
-    *(f"cpu+{library}" for library in LIBRARIES),
-    "cpu+certified",
-    "cpu+screen",
-    "cpu+bfloat16",
-    "gpu",
-    "gpu+screen",
-    "gpu+bfloat16",
-)
 _SMALL = 2**18  # entries of an encoder below which all plans take about as long as the calibration's noise
 _ROUNDS = 3
 _known: dict[str, dict[str, Any]] = {}
@@ -56,7 +45,7 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode", pinned: str | 
     """The plan for an encoder ``W (n_features, d)`` and batches of ``n_rows``; measured if it is not known yet.
 
     Args:
-        pinned: one of :data:`PINS`; None for what ``UNWEAVE_KERNELS`` says.
+        pinned: one of :data:`~unweave.kernels.names.PINS`; None for what ``UNWEAVE_KERNELS`` says.
 
     Raises:
         UnweaveError: when the pin names no plan, or one that cannot run here.
@@ -85,7 +74,7 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode", pinned: str | 
 
 
 def pin(name: str, W: Tensor | None = None) -> Plan:
-    """The plan of that name (see :data:`PINS`).
+    """The plan of that name (see :data:`~unweave.kernels.names.PINS`).
 
     Raises:
         UnweaveError: when there is none, or it cannot work on ``W``.

@@ -8,22 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unweave.config import Config
+from unweave.kernels.names import Pin
 
-Engine = Literal[
-    "auto",
-    "autograd",
-    "reference",
-    "cpu",
-    "cpu+torch",
-    "cpu+numpy",
-    "cpu+onednn",
-    "cpu+certified",
-    "cpu+screen",
-    "cpu+bfloat16",
-    "gpu",
-    "gpu+screen",
-    "gpu+bfloat16",
-]
+Engine = Literal["auto", "autograd", Pin]
 
 
 class TrainingConfig(Config):
