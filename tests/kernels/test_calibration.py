@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unweave.errors import UnweaveError
-from unweave.kernels import calibration, multiply
+from unweave.kernels import calibration, int8, multiply
 from unweave.kernels.backend import backend, fastest, serves, why_not
 from unweave.kernels.calibration import fingerprint, measured, plan_for
 from unweave.kernels.names import PINS
@@ -52,7 +52,7 @@ def forget_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PINS if not name.startswith("gpu")])
 def test_the_environment_pins_a_plan(name, monkeypatch, timings):
-    if reason := why_not(plan_of(name).backend):
+    if reason := plan_of(name).why_not():
         pytest.skip(reason)
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
     plan = plan_for(LARGE, 2048, "train")
@@ -87,7 +87,7 @@ def test_an_unknown_pin_is_refused_with_the_known_ones(name, monkeypatch):
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
     with pytest.raises(
         UnweaveError,
-        match=r"expected one of reference, cpu, cpu\+torch, cpu\+numpy, .* cpu\+screen, cpu\+bfloat16, gpu, .* found",
+        match=r"expected one of reference, cpu, cpu\+torch, .* cpu\+screen, .* cpu\+bfloat16, gpu, .* found",
     ):
         plan_for(LARGE, 2048)
 
@@ -97,6 +97,27 @@ def test_a_pin_that_cannot_run_here_says_why(monkeypatch):
     monkeypatch.setenv("UNWEAVE_KERNELS", "gpu")
     with pytest.raises(UnweaveError, match="'gpu' cannot be used here: no CUDA device"):
         plan_for(LARGE, 2048)
+
+
+@needs_numba
+def test_int8_is_refused_with_the_reason_where_it_cannot_work(monkeypatch):
+    monkeypatch.setattr(int8, "why_not", lambda: "the processor has no VNNI")
+    with pytest.raises(UnweaveError, match=r"'cpu\+int8_screen' cannot be used here: the processor has no VNNI"):
+        plan_for(LARGE, 2048, "train", "cpu+int8_screen")
+    monkeypatch.setattr(int8, "why_not", lambda: None)
+    assert plan_for(LARGE, 2048, "train", "cpu+int8_screen") == Plan("cpu", "int8_screen")
+    long = torch.zeros(1, int8.LONGEST + 1)
+    with pytest.raises(UnweaveError, match=r"more than 131,072 numbers \(131,073\) do not add up"):
+        plan_for(long, 2048, "train", "cpu+int8_screen")
+
+
+@needs_numba
+def test_int8_is_timed_and_taken_only_where_it_can_work(timings, monkeypatch):
+    monkeypatch.setitem(TIMES, "cpu+int8_screen", 0.5)
+    monkeypatch.setattr(int8, "why_not", lambda: None)
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", "int8_screen")
+    monkeypatch.setattr(int8, "why_not", lambda: "gone")
+    assert plan_for(LARGE, 2048, "train") == Plan("cpu", "screen")
 
 
 @needs_numba
@@ -215,5 +236,6 @@ def test_another_number_of_threads_has_timings_of_its_own(monkeypatch):
 @pytest.mark.parametrize("purpose", ["train", "encode"])
 def test_measuring_times_every_candidate(purpose):
     seconds = calibration.measure(16, 300, 40, purpose, CPU)
-    assert set(seconds) == {"reference", "cpu+screen", *(f"cpu+{library}" for library in multiply.at_hand())}
+    screens = {"cpu+screen"} if int8.why_not() else {"cpu+screen", "cpu+int8_screen"}
+    assert set(seconds) == {"reference", *screens, *(f"cpu+{library}" for library in multiply.at_hand())}
     assert all(0 < value < 60 for value in seconds.values())

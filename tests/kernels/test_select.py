@@ -1,7 +1,7 @@
-"""Selection on the CPU: the same entries as the reference, from float32 scores and through a bfloat16 screen.
+"""Selection on the CPU: the same entries as the reference, from float32 scores and through screens of rougher ones.
 
 Where a result has to be exact, rows and weights are small whole numbers: float32 then adds their products without
-rounding, in any order, while bfloat16 cannot even hold them. What the screen finds is right to the last bit, or wrong.
+rounding, in any order, while 8 bits cannot even hold them. What the screen finds is right to the last bit, or wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not
 SHAPES = [(1, 5), (7, 37), (3, 131), (33, 1000), (70, 4099)]
 SCREENED = Plan("cpu", "screen")
 CERTIFIED = Plan("cpu", "certified")
-BOTH = pytest.mark.parametrize("plan", [SCREENED, CERTIFIED], ids=str)
+INT8 = Plan("cpu", "int8_screen")
+needs_int8 = pytest.mark.skipif(INT8.why_not() is not None, reason=str(INT8.why_not()))
+SCREENS = pytest.mark.parametrize("plan", [SCREENED, CERTIFIED, pytest.param(INT8, marks=needs_int8)], ids=str)
 
 
 @contextmanager
@@ -238,7 +240,7 @@ def test_features_switched_off_by_an_infinite_bias_are_never_taken():
     check_above(cpu.above(scores, shift, 0.5), scores + shift, 0.5)
 
 
-# ---- through a bfloat16 screen ---------------------------------------------------------------------------------------
+# ---- through a screen ------------------------------------------------------------------------------------------------
 
 RULES: list[Rule] = [
     TopKRule(1),
@@ -256,14 +258,14 @@ def data(seed: int, n: int = 60, m: int = 700, d: int = 40) -> tuple[Tensor, Ten
 
 
 def screened(work: Workspace, rule: Rule, X: Tensor, W: Tensor, b: Tensor) -> tuple[Pattern, Tensor]:
-    """Select, and look: bfloat16 scores are never right to the last bit here, so the right answer was worked out."""
+    """Select, and look: rough scores are never right to the last bit here, so the right answer was worked out."""
     u = X @ W.T + b
     assert torch.equal(u.double(), X.double() @ W.double().T + b.double()), "this test's numbers are not exact"
     work.forget()
     return work.select(rule, X, W, b)
 
 
-@BOTH
+@SCREENS
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rule", RULES)
 def test_screened_selection_is_that_of_float32(plan, rule, seed):
@@ -272,27 +274,30 @@ def test_screened_selection_is_that_of_float32(plan, rule, seed):
     for _ in range(3):  # with the tolerance it starts with, and those it learns
         check_rule(screened(work, rule, X, W, b), X @ W.T + b, rule)
     assert work.screen.n_rows >= 180
-    assert plan is SCREENED or work.screen.n_redone == 0
+    assert plan is not CERTIFIED or work.screen.n_redone == 0
 
 
+@pytest.mark.parametrize(
+    ("plan", "trust"), [(SCREENED, 0.0), pytest.param(INT8, 0.05, marks=needs_int8)], ids=["bfloat16", "int8"]
+)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_screen_that_trusts_bfloat16_blindly_notices_and_does_the_rows_again(rule):
+def test_a_screen_that_trusts_rough_scores_too_much_notices_and_does_the_rows_again(plan, trust, rule):
     noticed = 0  # a rule that takes a handful of entries may meet no error worth noticing in one batch
     for seed in range(6):
         X, W, b = data(seed)
-        work = Workspace(SCREENED)
-        work.screen.tolerance = 0.0
+        work = Workspace(plan)
+        work.screen.tolerance = trust
         check_rule(screened(work, rule, X, W, b), X @ W.T + b, rule)
         redone = work.screen.n_redone
         if redone:
             noticed += 1
-            assert work.screen.tolerance > 1e-4  # it has learned
+            assert work.screen.tolerance > max(1e-4, 1.5 * trust)  # it has learned
         check_rule(screened(work, rule, X, W, b), X @ W.T + b, rule)
-        assert work.screen.n_redone == redone
+        assert work.screen.n_redone <= redone + 2 * (plan is INT8)  # of 60, where few entries were looked at
     assert noticed
 
 
-@BOTH
+@SCREENS
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", RULES)
 def test_screen_with_rows_of_enormous_norm_and_zero_rows(plan, rule, seed):
@@ -321,7 +326,7 @@ def test_screen_with_near_ties_and_ties(rule, seed):
         check_rule(screened(work, rule, X, W, b), X @ W.T + b, rule)
 
 
-@BOTH
+@SCREENS
 @pytest.mark.parametrize("rule", RULES)
 def test_screen_where_the_bias_takes_back_what_the_product_gives(plan, rule):
     """Rows with a large common part, which the bias removes: bfloat16 rounds the product before the sum is small."""
@@ -333,7 +338,7 @@ def test_screen_where_the_bias_takes_back_what_the_product_gives(plan, rule):
         check_rule(screened(work, rule, X, W, b), X @ W.T + b, rule)
 
 
-@BOTH
+@SCREENS
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [8, 64])
 def test_screen_with_one_encoder_row_much_longer_than_the_others(plan, rule, scale):
@@ -348,7 +353,7 @@ def test_screen_with_one_encoder_row_much_longer_than_the_others(plan, rule, sca
             check_rule(screened(work, rule, X, W, b), X @ W.T + b, rule)
 
 
-@BOTH
+@SCREENS
 def test_screened_values_are_float32_accurate_on_ordinary_numbers(
     plan,
 ):
@@ -450,7 +455,7 @@ def test_a_proven_margin_holds_for_scores_below_zero_too():
     assert pattern.indices.tolist() == [1]
 
 
-@BOTH
+@SCREENS
 @pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-23, 1e-40])
 def test_rows_that_vanish_beside_their_bias_are_screened_and_done(plan, scale):
     X, W = (
@@ -505,7 +510,9 @@ def test_a_fine_rule_gets_float32_scores_from_bfloat16_too(seed):
 BROKEN = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("scores", ["float32", "screen", "certified", "bfloat16"])
+@pytest.mark.parametrize(
+    "scores", ["float32", "screen", "certified", "bfloat16", pytest.param("int8_screen", marks=needs_int8)]
+)
 @pytest.mark.parametrize("where", ["one", "row", "feature", "all"])
 @pytest.mark.parametrize("value", BROKEN)
 @pytest.mark.parametrize("rule", [TopKRule(5), TopKRule(5, signed=True), BatchTopKRule(5), AboveRule(0.5)])

@@ -18,6 +18,7 @@ from unweave.kernels.threads import serial
 from unweave.kernels.workspace import Plan, Workspace
 
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
+INT8 = Plan("cpu", "int8_screen")
 PLANS = [
     Plan("reference"),
     Plan("reference", "screen"),
@@ -25,6 +26,8 @@ PLANS = [
     *(pytest.param(Plan("cpu", library=library), marks=NUMBA) for library in at_hand()),
     pytest.param(Plan("cpu", "screen"), marks=NUMBA),
     pytest.param(Plan("cpu", "certified"), marks=NUMBA),
+    Plan("reference", "int8_screen"),
+    pytest.param(INT8, marks=pytest.mark.skipif(INT8.why_not() is not None, reason=str(INT8.why_not()))),
 ]
 RULES: list[Rule] = [TopKRule(5), TopKRule(5, signed=True), BatchTopKRule(5), AboveRule(1.5)]
 

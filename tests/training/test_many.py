@@ -17,6 +17,7 @@ from unweave.dictionaries import Dictionary, Loss, TrainingBatch
 from unweave.dictionaries.topk import TopK
 from unweave.errors import UnweaveError
 from unweave.files import only_writer, read_tensors
+from unweave.kernels import int8
 from unweave.kernels.backend import why_not
 from unweave.kernels.calibration import pin
 from unweave.kernels.joint import JointProduct, JointWorkspace
@@ -32,6 +33,9 @@ ENGINES = [
     "reference",
     *(pytest.param(f"cpu+{library}", marks=NUMBA) for library in at_hand()),
     *(pytest.param(name, marks=NUMBA) for name in ("cpu+certified", "cpu+screen", "cpu+bfloat16")),
+    pytest.param(
+        "cpu+int8_screen", marks=[NUMBA, pytest.mark.skipif(int8.why_not() is not None, reason=str(int8.why_not()))]
+    ),
 ]
 CONFIG = TrainingConfig(n_rows=30 * N, batch_size=N, ring_rows=256, log_every=4, checkpoint_every=7, lr=1e-3)
 Members = dict[str, tuple[Any, TrainingConfig]]

@@ -16,17 +16,22 @@ from unweave.dictionaries import TrainingBatch
 from unweave.dictionaries._linear import LinearDictionary
 from unweave.errors import UnweaveError
 from unweave.files import read_tensors
+from unweave.kernels import int8, multiply
 from unweave.kernels.backend import why_not
 from unweave.kernels.calibration import pin
 from unweave.kernels.multiply import at_hand
 from unweave.kernels.names import PINS
 from unweave.sources.arrays import ArraySource
-from unweave.training import TrainingConfig, _steps, read_metrics, train
+from unweave.training import TrainingConfig, read_metrics, train
 from unweave.training._steps import AutogradStep, ClosedFormStep, Diverged, make_step
 
 D, M, N = 24, 100, 64
 NUMBA = pytest.mark.skipif(why_not("cpu") is not None, reason="numba is not installed (pip install numba)")
-COMPILED = [pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen")]
+HAS_INT8 = pytest.mark.skipif(int8.why_not() is not None, reason=str(int8.why_not()))
+COMPILED = [
+    *(pytest.param(name, marks=NUMBA) for name in ("cpu", "cpu+certified", "cpu+screen")),
+    pytest.param("cpu+int8_screen", marks=[NUMBA, HAS_INT8]),
+]
 ROUNDED = pytest.param("cpu+bfloat16", marks=NUMBA)
 OTHERS = [pytest.param(f"cpu+{library}", marks=NUMBA) for library in at_hand() if library != "torch"]
 # A screen's auxiliary products are in bfloat16, on purpose.
@@ -35,6 +40,7 @@ DEAD_CLOSE = [
     pytest.param("cpu", 1e-4, marks=NUMBA),
     pytest.param("cpu+certified", 1e-4, marks=NUMBA),
     pytest.param("cpu+screen", 5e-2, marks=NUMBA),
+    pytest.param("cpu+int8_screen", 5e-2, marks=[NUMBA, HAS_INT8]),
 ]
 ARCHS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4},
@@ -319,7 +325,7 @@ def test_a_resumed_run_keeps_its_library_where_it_is_at_hand(monkeypatch):
     assert other.stepper.engine == "cpu+numpy"
     other.stepper.load_state_dict({**bench.stepper.state_dict(), "plan": "cpu"})  # before there were others
     assert other.stepper.engine == "cpu+torch"
-    monkeypatch.setattr(_steps, "why_not", lambda library: "not here" if library == "numpy" else None)
+    monkeypatch.setattr(multiply, "why_not", lambda library: "not here" if library == "numpy" else None)
     other.stepper.load_state_dict(bench.stepper.state_dict())
     assert other.stepper.engine == "cpu+torch"
 

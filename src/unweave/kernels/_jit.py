@@ -72,6 +72,13 @@ def _widen(value):
     return lambda value: value
 
 
+@inline
+def narrow(value):
+    """The bits of a float32 as bfloat16, rounded to the nearest, ties to even."""
+    bits = np.float32(value).view(np.int32)
+    return np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+
 def write_row(out: Any, row: Any) -> None:
     """``out = row``, rounded to the nearest where ``out`` is bfloat16 (ties to even)."""
     raise NotImplementedError("for compiled code only")
@@ -83,8 +90,7 @@ def _write_row(out, row):
 
         def rounded(out, row):
             for j in range(len(row)):
-                bits = np.float32(row[j]).view(np.int32)
-                out[j] = np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+                out[j] = narrow(row[j])
 
         return rounded
 

@@ -68,6 +68,11 @@ def why_not(name: BackendName) -> str | None:
     return None
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 itself."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+
+
 def serves(name: BackendName, tensor: Tensor) -> bool:
     """Whether a backend takes this tensor: the compiled ones want float32 on their own device."""
     if name == "reference":

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from unweave.errors import UnweaveError
 from unweave.files import cache_dir, read_json, write_json
-from unweave.kernels import multiply
+from unweave.kernels import int8, multiply
 from unweave.kernels.adam.reference import AdamStep, Rows
-from unweave.kernels.backend import BackendName, serves, why_not
+from unweave.kernels.backend import BackendName, has_fast_bfloat16, serves
 from unweave.kernels.names import PINS
 from unweave.kernels.select import TopKRule
 from unweave.kernels.workspace import Plan, Workspace, plan_of
@@ -67,9 +67,10 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode", pinned: str | 
         known = _read() | {key: measure(W.shape[1], W.shape[0], n_rows, purpose, W.device)}
         _write(known)
     times = {plan_of(name): seconds for name, seconds in known[key].items()}
-    times = {plan: seconds for plan, seconds in times.items() if multiply.why_not(plan.library) is None}
+    times = {plan: seconds for plan, seconds in times.items() if plan.why_not(W.shape[1]) is None}
     if pinned:
-        times = {plan: seconds for plan, seconds in times.items() if plan.backend == "cpu" and not plan.low}
+        exact = {plan for plan in times if plan.backend == "cpu" and plan.scores == "float32"}
+        times = {plan: seconds for plan, seconds in times.items() if plan in exact}
     return min(times, key=lambda plan: times[plan], default=Plan(compiled))
 
 
@@ -82,7 +83,7 @@ def pin(name: str, W: Tensor | None = None) -> Plan:
     if name not in PINS:
         raise UnweaveError(f"kernels: expected one of {', '.join(PINS)}, found {name!r}")
     plan = plan_of(name)
-    if reason := why_not(plan.backend) or multiply.why_not(plan.library):
+    if reason := plan.why_not(0 if W is None else W.shape[1]):
         raise UnweaveError(f"kernels {name!r} cannot be used here: {reason}")
     # A pin is a wish for where it can hold: a float64 dictionary, or one on another device, takes the reference.
     return plan if W is None or serves(plan.backend, W) else Plan()
@@ -92,7 +93,9 @@ def measure(d: int, n_features: int, n_rows: int, purpose: Purpose, device: torc
     """Seconds of each candidate plan on random rows, by its name; medians of a few interleaved rounds."""
     compiled = "gpu" if device.type == "cuda" else "cpu"
     exact = [f"cpu+{library}" for library in multiply.at_hand()] if compiled == "cpu" else ["gpu"]
-    names = ("reference", *exact, f"{compiled}+screen")
+    names = ["reference", *exact, f"{compiled}+screen", "cpu+int8_screen"]
+    if compiled != "cpu" or plan_of("cpu+int8_screen").why_not(d):
+        names.pop()
     n_rows = max(1, min(n_rows, 2**20 // max(1, n_features // 16)))
     jobs = _jobs(names, purpose, d, n_features, n_rows, device)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -142,7 +145,8 @@ def fingerprint() -> dict[str, Any]:
     return {
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": _has_fast_bfloat16(),
+        "bfloat16": has_fast_bfloat16(),
+        "int8": int8.why_not() is None,
         "float32 by": ", ".join(multiply.at_hand()),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
@@ -160,12 +164,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _has_fast_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
-
-
 def _jobs(
-    names: tuple[str, ...], purpose: Purpose, d: int, n_features: int, n_rows: int, device: torch.device
+    names: Sequence[str], purpose: Purpose, d: int, n_features: int, n_rows: int, device: torch.device
 ) -> dict[str, Callable[[], None]]:
     generator = torch.Generator().manual_seed(0)
     X = F.normalize(torch.randn(n_rows, d, generator=generator), dim=1).to(device)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unweave.kernels.backend import backend
+from unweave.kernels.int8 import Int8Product
 from unweave.kernels.multiply import multiply
 from unweave.kernels.pattern import Pattern
-from unweave.kernels.select import Rule, select
+from unweave.kernels.rows.reference import Quantised
+from unweave.kernels.select import Exact, Rule, select
 from unweave.kernels.workspace import Plan, Shadow, Workspace
 
 
@@ -32,9 +35,16 @@ class JointProduct:
         self.slices = [slice(end - size, end) for end, size in zip(ends, sizes)]
         self._of: Tensor | None = None
         self._scores: Tensor | None = None
-        self._held: Tensor | None = None
+        self._held: dict[torch.dtype, Tensor] = {}
         self._rows: Tensor | None = None
         self._norms: Tensor | None = None
+        self._in_int8: tuple[Int8Product, Quantised] | None = None
+
+    def lengths(self, number: int) -> Tensor:
+        """``(n,)``: what the errors of an encoder's scores by 8 bits are in proportion to, in the last product."""
+        assert self._in_int8 is not None
+        product, rows = self._in_int8
+        return product.lengths(rows, self.slices[number])
 
     def norms(self, x: Tensor) -> Tensor:
         """``(n,)`` of the rows whose scores were asked for last."""
@@ -52,18 +62,23 @@ class JointProduct:
             # scores of the others are still those of their present weights.
             W = self.W if self.shadow is None else self.shadow
             self._rows, self._scores = x.to(W.dtype), None
-            self._scores = multiply(self._rows, W, self._place, self.plan.library)
+            if self.plan.scores == "int8_screen":
+                product = Int8Product(backend(self.plan.backend).rows, x, W)
+                self._in_int8 = product, product.rows(x)
+                self._scores = product.scores(self._in_int8[1], self._place)
+            else:
+                self._scores = multiply(self._rows, W, lambda: self._place(W.dtype), self.plan.library)
             self._of, self._norms = x, None
         assert self._scores is not None
         assert self._rows is not None
         return self._scores, self._rows
 
-    def _place(self) -> Tensor:
+    def _place(self, dtype: torch.dtype) -> Tensor:
         assert self._rows is not None
-        shape = (len(self._rows), len(self.W))
-        if self._held is None or self._held.shape != shape:
-            self._held = self._rows.new_empty(shape)
-        return self._held
+        shape, held = (len(self._rows), len(self.W)), self._held.get(dtype)
+        if held is None or held.shape != shape:
+            held = self._held[dtype] = self.W.new_empty(shape, dtype=dtype)
+        return held
 
     def forget_scores(self) -> None:
         """The weights have changed: the same rows have other scores now."""
@@ -98,7 +113,7 @@ class JointWorkspace(Workspace):
 
     def __init__(self, joint: JointProduct, number: int) -> None:
         super().__init__(joint.plan, joint.W.device)
-        self._joint, self._slice = joint, joint.slices[number]
+        self._joint, self._number, self._slice = joint, number, joint.slices[number]
         self.encoder = _Slice(joint, number)
 
     def select(
@@ -118,5 +133,9 @@ class JointWorkspace(Workspace):
         if centre is not None:
             shift = shift - W_enc @ centre
         scores, multiplied = self._joint.scores(rows)
-        exact = self._exact(rule, rows, multiplied, W_enc, self._joint.norms(rows)) if self.plan.low else None
+        exact = None
+        if self.plan.low:
+            exact = self._exact(rule, rows, multiplied, W_enc, self._joint.norms(rows))
+        elif self.plan.scores == "int8_screen":
+            exact = Exact(rows, W_enc, self._joint.lengths(self._number), self.screen)
         return select(self.ops.select, rule, scores[:, self._slice], shift, exact)

@@ -12,6 +12,7 @@ Pin = Literal[
     "cpu+onednn",
     "cpu+certified",
     "cpu+screen",
+    "cpu+int8_screen",
     "cpu+bfloat16",
     "gpu",
     "gpu+screen",

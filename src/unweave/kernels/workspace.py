@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from unweave.kernels import backend as backends
+from unweave.kernels import int8, multiply
 from unweave.kernels.backend import Backend, BackendName, backend
-from unweave.kernels.multiply import LIBRARIES, Library, multiply
+from unweave.kernels.int8 import Int8Product
+from unweave.kernels.multiply import LIBRARIES, Library
 from unweave.kernels.pattern import Pattern, concatenate
 from unweave.kernels.select import AboveRule, BatchTopKRule, Exact, Rule, select
 from unweave.kernels.select.screen import CertifiedScreen, Screen, largest_errors
 
-Scores = Literal["float32", "certified", "screen", "bfloat16"]
+Scores = Literal["float32", "certified", "screen", "int8_screen", "bfloat16"]
 _IN_WORDS: dict[str, str] = {
     "float32": "exact float32",
     "certified": "certified bfloat16 screen",
     "screen": "bfloat16 screen",
+    "int8_screen": "int8 screen",
     "bfloat16": "bfloat16",
 }
+_SCREENS: dict[str, Callable[[], Screen]] = {"certified": CertifiedScreen, "int8_screen": lambda: Screen(0.25)}
 _CHUNK = 2048  # rows; a training batch of the usual size is one chunk
 
 
@@ -29,9 +35,9 @@ class Plan:
     """How to compute: which kernels, and how scores, the product of rows and encoder, are made.
 
     ``scores`` is "float32"; "screen" for a product in bfloat16 that finds candidates, among which float32 decides;
-    "certified" for the same with margins that are proven, not learned; or "bfloat16" for a product that is taken as it
-    is (but under a rule that is fine), and where a training step gathers rows and atoms it reads copies in bfloat16
-    too. ``library`` makes the product in float32 on a processor.
+    "certified" for the same with margins that are proven, not learned; "int8_screen" for candidates by a product in 8
+    bits; or "bfloat16" for a product that is taken as it is (but under a rule that is fine), and where a training step
+    gathers rows and atoms it reads copies in bfloat16 too. ``library`` makes the product in float32 on a processor.
     """
 
     backend: BackendName = "reference"
@@ -40,17 +46,26 @@ class Plan:
 
     @property
     def low(self) -> bool:
-        """Whether the product is made in bfloat16."""
-        return self.scores != "float32"
+        """Whether the product is made in bfloat16, of copies that are kept up to date."""
+        return self.scores in ("certified", "screen", "bfloat16")
 
     @property
     def name(self) -> str:
-        if self.low:
+        if self.scores != "float32":
             return f"{self.backend}+{self.scores}"
         return f"cpu+{self.library}" if self.backend == "cpu" else self.backend
 
+    def why_not(self, d: int = 0) -> str | None:
+        """Why this machine, or rows of ``d`` numbers, cannot be served by this plan; None when they can."""
+        if self.scores == "int8_screen":
+            if d > int8.LONGEST:
+                return f"products of more than {int8.LONGEST:,} numbers ({d:,}) do not add up in int8's 32 bits"
+            if self.backend != "reference" and (reason := int8.why_not()):
+                return reason
+        return backends.why_not(self.backend) or multiply.why_not(self.library)
+
     def __str__(self) -> str:
-        by = f" by {self.library}" if self.backend == "cpu" and not self.low else ""
+        by = f" by {self.library}" if self.backend == "cpu" and self.scores == "float32" else ""
         return f"{self.backend}, {_IN_WORDS[self.scores]}{by}"
 
 
@@ -96,7 +111,7 @@ class Workspace:
 
     Attributes:
         plan: how to compute.
-        screen: what is known about the error of bfloat16 scores.
+        screen: what is known about the error of rough scores.
         encoder, decoder: shadows of the weights, of which a plan uses both, the first or none.
     """
 
@@ -104,14 +119,15 @@ class Workspace:
 
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
+        self._device = device
         self.ops: Backend = backend(plan.backend)
-        self.screen: Any = CertifiedScreen() if plan.scores == "certified" else Screen()
+        self.screen: Any = _SCREENS.get(plan.scores, Screen)()
         if plan.backend == "gpu":
             from unweave.kernels._triton import DeviceScreen
 
             self.screen = DeviceScreen(device)
         self.encoder, self.decoder = Shadow(), Shadow()
-        self._scores: Tensor | None = None
+        self._buffers: dict[torch.dtype, Tensor] = {}
         self._last: tuple[Any, Any] = (None, None)  # the rows that were centred last, and their bfloat16 copy
 
     def forget(self) -> None:
@@ -165,24 +181,33 @@ class Workspace:
                 :mod:`unweave.kernels.joint`.
         """
         x, W_enc, b_enc = x.detach() if x.requires_grad else x, W_enc.detach(), b_enc.detach()
+        made = Int8Product(self.ops.rows, x, W_enc) if self.plan.scores == "int8_screen" else None
         if isinstance(rule, BatchTopKRule) or len(x) <= _CHUNK:
-            return self._select(rule, x, W_enc, b_enc, norms)
+            return self._select(rule, x, W_enc, b_enc, norms, made)
         # Rows that do not depend on each other go chunk by chunk: the scores stay in a buffer that is warm.
         parts = [
-            self._select(rule, x[i : i + _CHUNK], W_enc, b_enc, None if norms is None else norms[i : i + _CHUNK])
+            self._select(rule, x[i : i + _CHUNK], W_enc, b_enc, None if norms is None else norms[i : i + _CHUNK], made)
             for i in range(0, len(x), _CHUNK)
         ]
         return concatenate([pattern for pattern, _ in parts]), torch.cat([values for _, values in parts])
 
     def _select(
-        self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None
+        self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, made: Int8Product | None
     ) -> tuple[Pattern, Tensor]:
-        if not self.plan.low:
-            scores = multiply(x, W_enc, lambda: self._buffer(len(x), len(W_enc), x), self.plan.library)
-            return select(self.ops.select, rule, scores, b_enc)
-        low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
-        scores = multiply(low, shadow, lambda: self._buffer(len(x), len(W_enc), low))
-        return select(self.ops.select, rule, scores, b_enc, self._exact(rule, x, low, W_enc, norms))
+        def place(dtype: torch.dtype) -> Tensor:
+            return self._buffer(len(x), len(W_enc), dtype)
+
+        exact = None
+        if made is not None:
+            rows = made.rows(x)
+            scores, exact = made.scores(rows, place), Exact(x, W_enc, made.lengths(rows), self.screen)
+        elif self.plan.low:
+            low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
+            scores = multiply.multiply(low, shadow, lambda: place(low.dtype))
+            exact = self._exact(rule, x, low, W_enc, norms)
+        else:
+            scores = multiply.multiply(x, W_enc, lambda: place(x.dtype), self.plan.library)
+        return select(self.ops.select, rule, scores, b_enc, exact)
 
     def _bfloat16(self, x: Tensor) -> Tensor:
         rows, low = self._last
@@ -200,13 +225,15 @@ class Workspace:
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b`` for terms that only nudge (AuxK): in bfloat16 where the plan does not promise float32."""
-        return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if self.plan.scores in ("screen", "bfloat16") else a @ b
+        low = self.plan.scores in ("screen", "bfloat16")
+        low = low or (self.plan.scores == "int8_screen" and backends.has_fast_bfloat16())
+        return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if low else a @ b
 
-    def _buffer(self, n: int, n_features: int, like: Tensor) -> Tensor:
+    def _buffer(self, n: int, n_features: int, dtype: torch.dtype) -> Tensor:
         """Fresh memory costs a page fault for every 4 kB of scores: as much as the product itself."""
-        held = self._scores
-        if held is None or len(held) < n or held.shape[1] != n_features or held.dtype != like.dtype:
-            held = self._scores = like.new_empty(n, n_features)
+        held = self._buffers.get(dtype)
+        if held is None or len(held) < n or held.shape[1] != n_features:
+            held = self._buffers[dtype] = torch.empty(n, n_features, dtype=dtype, device=self._device)
         return held[:n]
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from unweave.dictionaries._linear import SPOKEN_FOR, LinearDictionary
 from unweave.errors import UnweaveError
 from unweave.kernels.adam.reference import AdamStep, Rows, adam_rows
 from unweave.kernels.backend import serves
-from unweave.kernels.multiply import why_not
 from unweave.kernels.workspace import Plan, Workspace, plan_of
 
 _TORCH_CLIP_EPS = 1e-6  # torch adds it to the norm it divides by; so do we
@@ -215,7 +214,8 @@ class ClosedFormStep(AutogradStep):
         # Checkpoints of the first format named the two apart.
         name = state.get("plan") or state["backend"] + ("+screen" if state["screen"] else "")
         plan = plan_of(name)
-        if plan != self.plan and serves(plan.backend, self.parameters["W_enc"]) and why_not(plan.library) is None:
+        W = self.parameters["W_enc"]
+        if plan != self.plan and serves(plan.backend, W) and plan.why_not(W.shape[1]) is None:
             # The last bits of sums depend on the plan, and a resumed run has to end with the bits of one that was
             # never killed. On another device there is no such promise to keep.
             self.plan, self.work = plan, Workspace(plan, self.dictionary.device)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.kernels._jit import array, jit, run, widen, write_row
+from unweave.kernels._jit import array, jit, narrow, run, widen, write_row
+from unweave.kernels.rows.reference import _LEVELS, _SMALLEST, Quantised
 
 _PARTS = 16  # sums of so many stretches of rows, added up in order: the same whatever the number of threads
 
@@ -48,6 +49,38 @@ def _weighted_sum(lo, hi, A, weights, parts):
             b += 1
 
 
+@jit
+def _quantised(lo, hi, A, columns, levels, scales, norms, lost):
+    d = len(columns)
+    for b in range(lo, hi):
+        row, out, bits = A[b], levels[b], np.int32(0)
+        for j in range(d):
+            # As whole numbers, which are in the order of the sizes: three times as fast.
+            bits = max(bits, np.float32(row[j] * columns[j]).view(np.int32) & 0x7FFFFFFF)
+        largest = np.int32(bits).view(np.float32)
+        fits = largest > np.float32(_SMALLEST)
+        scale = largest / np.float32(_LEVELS) if fits else np.float32(0)
+        inverse = np.float32(_LEVELS) / largest if fits else np.float32(0)
+        total, left = np.float32(0), np.float32(0)
+        for j in range(d):
+            value = row[j] * columns[j] * inverse
+            level = np.rint(value)
+            out[j] = np.int8(level)
+            total += value * value
+            left += (value - level) * (value - level)
+        scales[b] = scale
+        norms[b] = scale * np.sqrt(total) if fits else largest * np.sqrt(np.float32(d))
+        lost[b] = scale * np.sqrt(left) if fits else norms[b]
+
+
+@jit
+def _dequantised(lo, hi, sums, row_scales, column_scales, out):
+    for b in range(lo, hi):
+        row, to, scale = sums[b], out[b], row_scales[b]
+        for j in range(len(column_scales)):
+            to[j] = narrow(np.float32(row[j]) * (scale * column_scales[j]))
+
+
 def centred(rows: Tensor, centre: Tensor, low: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """As :func:`unweave.kernels.rows.reference.centred`, in float32."""
     x, norms = torch.empty(rows.shape), torch.empty(len(rows))
@@ -62,3 +95,17 @@ def weighted_sum(A: Tensor, weights: Tensor | None = None) -> Tensor:
     weights = torch.ones(len(A)) if weights is None else weights
     run(_weighted_sum, _PARTS, *map(array, (A.contiguous(), weights, parts)), work=A.numel() / _PARTS)
     return parts.sum(0)
+
+
+def quantised(A: Tensor, columns: Tensor) -> Quantised:
+    """As :func:`unweave.kernels.rows.reference.quantised`, in float32."""
+    n, d = A.shape
+    found = Quantised(torch.empty(n, d, dtype=torch.int8), torch.empty(n), torch.empty(n), torch.empty(n))
+    run(_quantised, n, *map(array, (A.contiguous(), columns, *found)), work=4 * d)
+    return found
+
+
+def dequantised(sums: Tensor, row_scales: Tensor, column_scales: Tensor, out: Tensor) -> Tensor:
+    """As :func:`unweave.kernels.rows.reference.dequantised`; ``out`` is bfloat16."""
+    run(_dequantised, len(sums), *map(array, (sums, row_scales, column_scales, out)), work=2 * sums.shape[1])
+    return out

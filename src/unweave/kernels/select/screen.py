@@ -1,4 +1,4 @@
-"""What is known about the error of bfloat16 scores."""
+"""What is known about the error of rough scores."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ _ROUNDING = 2.0**-8  # of bfloat16
 
 
 class Screen:
-    """How wrong bfloat16 scores have been so far, which is how wide the next screen's margin is.
+    """How wrong rough scores have been so far, which is how wide the next screen's margin is.
 
     Attributes:
-        tolerance: largest error seen, per unit of row norm, beyond the rounding of the score itself; with a reserve.
+        tolerance: largest error seen, beyond the rounding of the score itself, per unit of what it is in proportion to
+            (for bfloat16 a row's norm, see also :meth:`~unweave.kernels.int8.Int8Product.lengths`); with a reserve.
         n_redone: rows that met a larger error than their margin and were done again with a wider one.
         n_rows: rows screened.
     """
 
-    def __init__(self) -> None:
-        self.tolerance, self.n_redone, self.n_rows = 2e-3, 0, 0
+    def __init__(self, tolerance: float = 2e-3) -> None:
+        self.tolerance, self.n_redone, self.n_rows = tolerance, 0, 0
 
     def update(self, worst: float, n_redone: int, n_rows: int) -> None:
         if not math.isfinite(worst):
@@ -42,8 +43,7 @@ class CertifiedScreen(Screen):
     """Margins from :func:`largest_errors`, which nothing exceeds: there is nothing to learn."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.tolerance = 1.0
+        super().__init__(1.0)
 
     def update(self, worst: float, n_redone: int, n_rows: int) -> None:
         self.n_redone += n_redone
