@@ -90,7 +90,7 @@ def _unweave_rows(arch: str, auxk: bool = False) -> list[Row]:
     ]
 
 
-OUR_ENGINES = ("autograd", "exact", "certified", "screen", "bfloat16")
+OUR_ENGINES = ("autograd", "exact", "certified", "screen", "int8", "bfloat16")
 
 TRAIN: dict[str, list[Row]] = {
     "TopK": [

@@ -26,6 +26,7 @@ ENGINES: dict[str, Any] = {
     "exact": "cpu",
     "certified": "cpu+certified",
     "screen": "cpu+screen",
+    "int8": "cpu+int8_screen",
     "bfloat16": "cpu+bfloat16",
 }
 _ARCHS = {"TopK": "topk", "BatchTopK": "batch_topk", "JumpReLU": "jumprelu"}

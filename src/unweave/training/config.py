@@ -39,10 +39,10 @@ class TrainingConfig(Config):
         keep_checkpoint: keep the last checkpoint (optimiser and all) after training ends.
         engine: how a step is computed. "auto": in closed form where the architecture has one, with the kernels that
             were fastest on this machine (see ``unweave doctor``). "reference", "cpu", "cpu+certified", "cpu+screen",
-            "gpu" or "gpu+screen" pins them, "autograd" does without. All of these agree to float32's last digits (but
-            what AuxK adds, to bfloat16's where the plan screens). "cpu+bfloat16" and "gpu+bfloat16", the fastest, round
-            codes, atoms, rows and errors to bfloat16 where a step reads them; weights and moments stay float32. "cpu"
-            takes the fastest library for float32 products; "cpu+torch", "cpu+numpy" and "cpu+onednn" name one.
+            "cpu+int8_screen", "gpu" or "gpu+screen" pins them, "autograd" does without. All of these agree to float32's
+            last digits (but what AuxK adds, to bfloat16's where the plan screens). "cpu+bfloat16" and "gpu+bfloat16"
+            round codes, atoms, rows and errors to bfloat16 where a step reads them; weights and moments stay float32.
+            "cpu" takes the fastest library for float32 products; "cpu+torch", "cpu+numpy" and "cpu+onednn" name one.
         precision: of matrix products on NVIDIA cards. "tf32" keeps 10 bits of mantissa, more than the bfloat16 the
             activations were stored in; processors always work in float32.
     """
