@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unweave.kernels import workspace
+from unweave.kernels import backend, workspace
 from unweave.kernels.backend import why_not
 from unweave.kernels.joint import JointProduct, JointWorkspace
 from unweave.kernels.multiply import at_hand
@@ -107,12 +107,15 @@ def test_the_shadow_is_copied_anew_after_forgetting(plan):
     assert (work.encoder.copy is None) == (not plan.low)
 
 
-def test_products_that_only_nudge_are_in_bfloat16_where_the_plan_screens():
+def test_products_that_only_nudge_are_in_bfloat16_where_the_plan_screens(monkeypatch):
     a, b = normal(20, 16), normal(16, 30, seed=1)
     assert torch.equal(Workspace(Plan()).product(a, b), a @ b)
     low = Workspace(Plan(scores="screen")).product(a, b)
     assert low.dtype == torch.float32
     assert 0 < float((low - a @ b).norm() / (a @ b).norm()) < 1e-2
+    for fast in (False, True):  # an int8 screen serves processors that are slow at bfloat16 too
+        monkeypatch.setattr(backend, "has_fast_bfloat16", lambda fast=fast: fast)
+        assert torch.equal(Workspace(Plan(scores="int8_screen")).product(a, b), low if fast else a @ b)
 
 
 def test_what_a_screen_has_learned_is_saved():

@@ -318,6 +318,21 @@ def test_a_resumed_run_keeps_its_plan_where_it_can():
 
 
 @NUMBA
+def test_a_margin_learned_for_other_scores_is_not_taken_over(monkeypatch):
+    """A run screened in int8, resumed on a processor without it: bfloat16's margins are of another size."""
+    monkeypatch.setattr(int8, "why_not", lambda: None)
+    bench = Bench("topk", "cpu+int8_screen")
+    bench.stepper.work.screen.update(5.0, 3, 100)
+    state = bench.stepper.state_dict()
+    monkeypatch.setattr(int8, "why_not", lambda: "the processor has no VNNI")
+    other = Bench("topk", "cpu+screen")
+    before = other.stepper.work.state_dict()
+    other.stepper.load_state_dict(state)
+    assert other.stepper.plan == pin("cpu+screen")
+    assert other.stepper.work.state_dict() == before
+
+
+@NUMBA
 def test_a_resumed_run_keeps_its_library_where_it_is_at_hand(monkeypatch):
     bench, other = Bench("topk", "cpu+numpy"), Bench("topk", "cpu+torch")
     bench.run(range(3))

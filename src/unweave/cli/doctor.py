@@ -35,7 +35,7 @@ def doctor(
     if again:
         calibration.forget()
     machine = Table("machine", "")
-    names = {"capability": "vector instructions", "bfloat16": "fast bfloat16"}
+    names = {"capability": "vector instructions", "bfloat16": "fast bfloat16", "int8": "fast int8"}
     for name, value in calibration.fingerprint().items():
         machine.add_row(names.get(name, name), {True: "yes", False: "no", None: "none"}.get(value, str(value)))
     for name in ("reference", "cpu", "gpu"):
@@ -59,8 +59,12 @@ def doctor(
                 plan = plan_of(name)
                 table.add_row(shape, purpose, str(plan), f"{time * 1e3:.1f}", "chosen" if plan == chosen else "")
     show(table)
-    if not calibration.fingerprint()["bfloat16"] and device.type == "cpu":
-        say("This processor multiplies bfloat16 slowly (no AVX512-BF16 or AMX), so plans without the screen win here.")
+    fingerprint = calibration.fingerprint()
+    if device.type == "cpu" and not (fingerprint["bfloat16"] or fingerprint["int8"]):
+        say(
+            "This processor multiplies bfloat16 and int8 slowly (no AMX, AVX512-BF16 or AVX512-VNNI), so plans without "
+            "a screen win here."
+        )
 
 
 def _shape(text: str) -> tuple[int, int, int]:

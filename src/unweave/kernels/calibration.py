@@ -2,9 +2,9 @@
 
 The candidates do the same work and give the same code (a screened selection is decided in float32), so the choice
 changes how long things take, and the last bits of sums. (But for AuxK: what dead features learn is worked out in
-bfloat16 where the plan screens.) ``UNWEAVE_KERNELS`` pins one of :data:`~unweave.kernels.names.PINS`; of these the
-certified screen, which is slower, and bfloat16, which rounds, are for whoever asks for them. "cpu" is float32
-throughout, and leaves open by which library.
+bfloat16 where the plan screens and the processor multiplies it.) ``UNWEAVE_KERNELS`` pins one of
+:data:`~unweave.kernels.names.PINS`; of these the certified screen, which is slower, and bfloat16, which rounds, are for
+whoever asks for them. "cpu" is float32 throughout, and leaves open by which library.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def plan_for(W: Tensor, n_rows: int, purpose: Purpose = "encode", pinned: str | 
     times = {plan_of(name): seconds for name, seconds in known[key].items()}
     times = {plan: seconds for plan, seconds in times.items() if plan.why_not(W.shape[1]) is None}
     if pinned:
-        exact = {plan for plan in times if plan.backend == "cpu" and plan.scores == "float32"}
-        times = {plan: seconds for plan, seconds in times.items() if plan in exact}
+        times = {plan: s for plan, s in times.items() if plan.backend == "cpu" and plan.scores == "float32"}
     return min(times, key=lambda plan: times[plan], default=Plan(compiled))
 
 
@@ -83,19 +82,21 @@ def pin(name: str, W: Tensor | None = None) -> Plan:
     if name not in PINS:
         raise UnweaveError(f"kernels: expected one of {', '.join(PINS)}, found {name!r}")
     plan = plan_of(name)
-    if reason := plan.why_not(0 if W is None else W.shape[1]):
+    if reason := plan.why_not():
         raise UnweaveError(f"kernels {name!r} cannot be used here: {reason}")
     # A pin is a wish for where it can hold: a float64 dictionary, or one on another device, takes the reference.
-    return plan if W is None or serves(plan.backend, W) else Plan()
+    if W is None or (serves(plan.backend, W) and plan.why_not(W.shape[1]) is None):
+        return plan
+    return Plan()
 
 
 def measure(d: int, n_features: int, n_rows: int, purpose: Purpose, device: torch.device) -> dict[str, float]:
     """Seconds of each candidate plan on random rows, by its name; medians of a few interleaved rounds."""
     compiled = "gpu" if device.type == "cuda" else "cpu"
     exact = [f"cpu+{library}" for library in multiply.at_hand()] if compiled == "cpu" else ["gpu"]
-    names = ["reference", *exact, f"{compiled}+screen", "cpu+int8_screen"]
-    if compiled != "cpu" or plan_of("cpu+int8_screen").why_not(d):
-        names.pop()
+    names = ["reference", *exact, f"{compiled}+screen"]
+    if compiled == "cpu" and plan_of("cpu+int8_screen").why_not(d) is None:
+        names.append("cpu+int8_screen")
     n_rows = max(1, min(n_rows, 2**20 // max(1, n_features // 16)))
     jobs = _jobs(names, purpose, d, n_features, n_rows, device)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from unweave.kernels.backend import backend
-from unweave.kernels.int8 import Int8Product
+from unweave.kernels.int8 import Int8Product, Rough
 from unweave.kernels.multiply import multiply
 from unweave.kernels.pattern import Pattern
-from unweave.kernels.rows.reference import Quantised
 from unweave.kernels.select import Exact, Rule, select
 from unweave.kernels.workspace import Plan, Shadow, Workspace
 
@@ -38,13 +37,12 @@ class JointProduct:
         self._held: dict[torch.dtype, Tensor] = {}
         self._rows: Tensor | None = None
         self._norms: Tensor | None = None
-        self._in_int8: tuple[Int8Product, Quantised] | None = None
+        self._rough: Rough | None = None
 
     def lengths(self, number: int) -> Tensor:
-        """``(n,)``: what the errors of an encoder's scores by 8 bits are in proportion to, in the last product."""
-        assert self._in_int8 is not None
-        product, rows = self._in_int8
-        return product.lengths(rows, self.slices[number])
+        """``(n,)``: what the errors of an encoder's rough scores are in proportion to, in the last product."""
+        assert self._rough is not None
+        return self._rough.lengths(self.slices[number])
 
     def norms(self, x: Tensor) -> Tensor:
         """``(n,)`` of the rows whose scores were asked for last."""
@@ -63,9 +61,9 @@ class JointProduct:
             W = self.W if self.shadow is None else self.shadow
             self._rows, self._scores = x.to(W.dtype), None
             if self.plan.scores == "int8_screen":
-                product = Int8Product(backend(self.plan.backend).rows, x, W)
-                self._in_int8 = product, product.rows(x)
-                self._scores = product.scores(self._in_int8[1], self._place)
+                product = Int8Product(backend(self.plan.backend).rows, self._rows, W)
+                self._rough = product.scores(self._rows, self._place)
+                self._scores = self._rough.scores
             else:
                 self._scores = multiply(self._rows, W, lambda: self._place(W.dtype), self.plan.library)
             self._of, self._norms = x, None

@@ -26,7 +26,7 @@ _IN_WORDS: dict[str, str] = {
     "int8_screen": "int8 screen",
     "bfloat16": "bfloat16",
 }
-_SCREENS: dict[str, Callable[[], Screen]] = {"certified": CertifiedScreen, "int8_screen": lambda: Screen(0.25)}
+_SCREENS: dict[str, Callable[[], Screen]] = {"certified": CertifiedScreen, "int8_screen": lambda: Screen(6.0)}
 _CHUNK = 2048  # rows; a training batch of the usual size is one chunk
 
 
@@ -60,7 +60,7 @@ class Plan:
         if self.scores == "int8_screen":
             if d > int8.LONGEST:
                 return f"products of more than {int8.LONGEST:,} numbers ({d:,}) do not add up in int8's 32 bits"
-            if self.backend != "reference" and (reason := int8.why_not()):
+            if reason := int8.why_not():
                 return reason
         return backends.why_not(self.backend) or multiply.why_not(self.library)
 
@@ -119,7 +119,6 @@ class Workspace:
 
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
-        self._device = device
         self.ops: Backend = backend(plan.backend)
         self.screen: Any = _SCREENS.get(plan.scores, Screen)()
         if plan.backend == "gpu":
@@ -195,12 +194,12 @@ class Workspace:
         self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, made: Int8Product | None
     ) -> tuple[Pattern, Tensor]:
         def place(dtype: torch.dtype) -> Tensor:
-            return self._buffer(len(x), len(W_enc), dtype)
+            return self._buffer(len(x), len(W_enc), dtype, x.device)
 
         exact = None
         if made is not None:
-            rows = made.rows(x)
-            scores, exact = made.scores(rows, place), Exact(x, W_enc, made.lengths(rows), self.screen)
+            rough = made.scores(x, place)
+            scores, exact = rough.scores, Exact(x, W_enc, rough.lengths(), self.screen)
         elif self.plan.low:
             low, shadow = self._bfloat16(x), self.encoder.follow(W_enc)
             scores = multiply.multiply(low, shadow, lambda: place(low.dtype))
@@ -224,16 +223,19 @@ class Workspace:
         return Exact(x, W_enc, lengths, self.screen)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` for terms that only nudge (AuxK): in bfloat16 where the plan does not promise float32."""
+        """``a @ b`` for terms that only nudge (AuxK): in bfloat16 where the plan does not promise float32.
+
+        An int8 screen serves processors that are slow at bfloat16 too; there float32 it is.
+        """
         low = self.plan.scores in ("screen", "bfloat16")
         low = low or (self.plan.scores == "int8_screen" and backends.has_fast_bfloat16())
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if low else a @ b
 
-    def _buffer(self, n: int, n_features: int, dtype: torch.dtype) -> Tensor:
+    def _buffer(self, n: int, n_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Fresh memory costs a page fault for every 4 kB of scores: as much as the product itself."""
         held = self._buffers.get(dtype)
         if held is None or len(held) < n or held.shape[1] != n_features:
-            held = self._buffers[dtype] = torch.empty(n, n_features, dtype=dtype, device=self._device)
+            held = self._buffers[dtype] = torch.empty(n, n_features, dtype=dtype, device=device)
         return held[:n]
 
     def state_dict(self) -> dict[str, Any]:

@@ -213,13 +213,13 @@ class ClosedFormStep(AutogradStep):
             return
         # Checkpoints of the first format named the two apart.
         name = state.get("plan") or state["backend"] + ("+screen" if state["screen"] else "")
-        plan = plan_of(name)
-        W = self.parameters["W_enc"]
+        plan, W = plan_of(name), self.parameters["W_enc"]
         if plan != self.plan and serves(plan.backend, W) and plan.why_not(W.shape[1]) is None:
             # The last bits of sums depend on the plan, and a resumed run has to end with the bits of one that was
-            # never killed. On another device there is no such promise to keep.
+            # never killed. On another device, or a processor without what the plan needs, there is no such promise.
             self.plan, self.work = plan, Workspace(plan, self.dictionary.device)
-        self.work.load_state_dict(state["work"])
+        if plan.scores == self.plan.scores:  # else the margin was learned for scores of another kind
+            self.work.load_state_dict(state["work"])
 
 
 class AbsorbStep(AutogradStep):

@@ -35,7 +35,7 @@ from unweave.training.loop import (
 
 # What all members share, because they see the same batches.
 _SHARED = ("n_rows", "batch_size", "seed", "ring_rows", "mixing", "normalise_input", "precision", "checkpoint_every")
-_MOST_SCORES = 2**28  # of a joint product: 1 GB of float32
+_MOST_SCORES = 2**28  # of a joint product: 1 GB of float32, half as much again of int8's sums and scores
 
 
 def train_many(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unweave.kernels._jit import array, jit, narrow, run, widen, write_row
-from unweave.kernels.rows.reference import _LEVELS, _SMALLEST, Quantised
+from unweave.kernels.rows.reference import LEVELS, SMALLEST, Quantised
 
 _PARTS = 16  # sums of so many stretches of rows, added up in order: the same whatever the number of threads
 
@@ -50,7 +50,7 @@ def _weighted_sum(lo, hi, A, weights, parts):
 
 
 @jit
-def _quantised(lo, hi, A, columns, levels, scales, norms, lost):
+def _quantised(lo, hi, A, columns, levels, scales, norms, lost, vanished):
     d = len(columns)
     for b in range(lo, hi):
         row, out, bits = A[b], levels[b], np.int32(0)
@@ -58,19 +58,21 @@ def _quantised(lo, hi, A, columns, levels, scales, norms, lost):
             # As whole numbers, which are in the order of the sizes: three times as fast.
             bits = max(bits, np.float32(row[j] * columns[j]).view(np.int32) & 0x7FFFFFFF)
         largest = np.int32(bits).view(np.float32)
-        fits = largest > np.float32(_SMALLEST)
-        scale = largest / np.float32(_LEVELS) if fits else np.float32(0)
-        inverse = np.float32(_LEVELS) / largest if fits else np.float32(0)
-        total, left = np.float32(0), np.float32(0)
+        fits = largest > np.float32(SMALLEST)
+        scale = largest / np.float32(LEVELS) if fits else np.float32(0)
+        inverse = np.float32(LEVELS) / largest if fits else np.float32(0)
+        total, left, gone = np.float32(0), np.float32(0), np.float32(0)
         for j in range(d):
             value = row[j] * columns[j] * inverse
             level = np.rint(value)
             out[j] = np.int8(level)
             total += value * value
             left += (value - level) * (value - level)
+            gone += value * value if level == 0 else np.float32(0)
         scales[b] = scale
         norms[b] = scale * np.sqrt(total) if fits else largest * np.sqrt(np.float32(d))
         lost[b] = scale * np.sqrt(left) if fits else norms[b]
+        vanished[b] = scale * np.sqrt(gone) if fits else norms[b]
 
 
 @jit
@@ -100,7 +102,7 @@ def weighted_sum(A: Tensor, weights: Tensor | None = None) -> Tensor:
 def quantised(A: Tensor, columns: Tensor) -> Quantised:
     """As :func:`unweave.kernels.rows.reference.quantised`, in float32."""
     n, d = A.shape
-    found = Quantised(torch.empty(n, d, dtype=torch.int8), torch.empty(n), torch.empty(n), torch.empty(n))
+    found = Quantised(torch.empty(n, d, dtype=torch.int8), *(torch.empty(n) for _ in range(4)))
     run(_quantised, n, *map(array, (A.contiguous(), columns, *found)), work=4 * d)
     return found
 

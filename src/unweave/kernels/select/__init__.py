@@ -43,7 +43,7 @@ Rule = TopKRule | BatchTopKRule | AboveRule
 
 
 class Exact(NamedTuple):
-    """What bfloat16 scores were made from, so that candidates can be worked out again in float32.
+    """What rough scores were made from, so that candidates can be worked out again in float32.
 
     ``X (n, d)``, ``W (n_features, d)``, the screen to consult and teach, and ``lengths (n,)``: a row's scores are taken
     to be wrong by at most ``screen.tolerance * lengths``.

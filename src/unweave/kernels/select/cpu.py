@@ -1,8 +1,8 @@
-"""Exact selection on a CPU, from float32 scores or through a bfloat16 screen.
+"""Exact selection on a CPU, from float32 scores or through a screen of rough ones, which come in bfloat16.
 
 One pass takes the largest score of each of some hundreds of groups of a row; the k-th largest of these maxima bounds
 the k-th largest score from below, so only groups that reach the bound are looked into. A screened row is selected
-with a margin as wide as bfloat16 can be wrong, what was found is worked out again in float32, and the best of that is
+with a margin as wide as they can be wrong, what was found is worked out again in float32, and the best of that is
 kept: the result is the one float32 scores would have given.
 """
 
@@ -250,8 +250,9 @@ def batch_topk(
         kth = _kth_largest(found, n_keep) if len(found) >= n_keep else 0.0
         if exact is None or margin is None or not math.isfinite(kth):
             return _best(pattern, found, n_keep)
-        # As in _screen_topk: the best by the screen bound the n_keep-th largest, then whatever may reach that.
-        first = found >= kth
+        # As in _screen_topk: the best by the screen bound the n_keep-th largest, then whatever may reach that. Of so
+        # many some are wrong by a whole margin; with those that such errors have left out the bound is a close one.
+        first = found >= kth - float(margin.mean())
         values, fit_first = _refined(pattern, raw, exact, first)
         values = values + offset
         least = max(0.0, _kth_largest(values[first], n_keep)) if int(first.sum()) >= n_keep else 0.0

@@ -15,7 +15,7 @@ class Screen:
 
     Attributes:
         tolerance: largest error seen, beyond the rounding of the score itself, per unit of what it is in proportion to
-            (for bfloat16 a row's norm, see also :meth:`~unweave.kernels.int8.Int8Product.lengths`); with a reserve.
+            (for bfloat16 a row's norm, for int8 :meth:`~unweave.kernels.int8.Rough.lengths`); with a reserve.
         n_redone: rows that met a larger error than their margin and were done again with a wider one.
         n_rows: rows screened.
     """
