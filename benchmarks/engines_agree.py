@@ -27,10 +27,12 @@ from torch import Tensor
 from unweave.activations import ActivationStore, RowStream
 from unweave.dictionaries import build
 from unweave.evaluation import evaluate
+from unweave.kernels import int8
 from unweave.sources import ArraySource
 from unweave.training import TrainingConfig, train
 
-ENGINES = ("autograd", "reference", "cpu", "cpu+screen", "autograd, moved 1", "autograd, moved 2")
+INT8 = ("cpu+int8_screen",) if int8.why_not() is None else ()
+ENGINES = ("autograd", "reference", "cpu", "cpu+screen", *INT8, "autograd, moved 1", "autograd, moved 2")
 
 
 def options_of(arch: str, k: int) -> dict[str, Any]:
