@@ -24,6 +24,7 @@ _ROUNDING = np.float32(2.0**-8)  # bfloat16's, of the score as it was rounded
 _OWN = np.float32(2.0**-8 / (1 - 2.0**-8) * 1.001)  # the same of the score before, and of what else is wrong with it
 _TWICE = np.float32(2.02)  # two margins, and what the rounding of a score of another size differs by
 _TRIES = 4  # widenings of a margin; each is at least as wide as the largest error met
+_NEARLY_ALL = 0.8  # of the entries collected
 _UP = np.float32(1 + 2.0**-20)  # a norm is rounded by less
 
 
@@ -253,6 +254,8 @@ def batch_topk(
         # As in _screen_topk: the best by the screen bound the n_keep-th largest, then whatever may reach that. Of so
         # many some are wrong by a whole margin; with those that such errors have left out the bound is a close one.
         first = found >= kth - float(margin.mean())
+        if int(first.sum()) >= _NEARLY_ALL * len(first):
+            first[:] = True  # the few others at once: taking entries apart costs more
         values, fit_first = _refined(pattern, raw, exact, first)
         values = values + offset
         least = max(0.0, _kth_largest(values[first], n_keep)) if int(first.sum()) >= n_keep else 0.0
@@ -323,6 +326,8 @@ def _refined(pattern: Pattern, screened: Tensor, exact: Exact, which: Tensor | N
 
     With ``which``, a mask of the entries, only those are worked out; the others are zero.
     """
+    if which is not None and not bool(which.any()):
+        return torch.zeros(len(screened)), True
     if which is not None:
         part, part_screened = _keep_entries(pattern, screened, which)
         values, fits = _refined(part, part_screened, exact)
