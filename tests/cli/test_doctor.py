@@ -89,6 +89,18 @@ def test_a_pinned_plan_is_shown(timings, monkeypatch):
     assert isinstance(doctor("24,100,64").exception, UnweaveError)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="said of processors alone")
+@pytest.mark.parametrize(("bfloat16", "whole"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_processor_without_any_fast_rough_product_is_told_so(bfloat16, whole, timings, monkeypatch):
+    found = {**calibration.fingerprint(), "bfloat16": bfloat16, "int8": whole}
+    monkeypatch.setattr(calibration, "fingerprint", lambda: found)
+    done = doctor("24,100,64")
+    assert done.exit_code == 0, done.output
+    row = next(line for line in done.output.splitlines() if "fast int8" in line)
+    assert ("yes" if whole else "no") in row
+    assert ("slowly" in done.output) == (not bfloat16 and not whole)
+
+
 @pytest.mark.parametrize("shape", ["24,100", "24,100,64,2", "a,b,c", "24,100,0", "-1,100,64", "1.5,2,3", ""])
 def test_a_shape_that_is_none_is_a_usage_error(shape, timings):
     done = doctor("--", shape)
