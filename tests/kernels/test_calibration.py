@@ -87,7 +87,8 @@ def test_an_unknown_pin_is_refused_with_the_known_ones(name, monkeypatch):
     monkeypatch.setenv("UNWEAVE_KERNELS", name)
     with pytest.raises(
         UnweaveError,
-        match=r"expected one of reference, cpu, cpu\+torch, .* cpu\+screen, .* cpu\+bfloat16, gpu, .* found",
+        match=r"expected one of reference, cpu, cpu\+torch, cpu\+numpy, .* "
+        r"cpu\+screen, cpu\+int8_screen, cpu\+bfloat16, gpu, .* found",
     ):
         plan_for(LARGE, 2048)
 

@@ -34,9 +34,9 @@ def doctor(
     sizes = [_shape(text) for text in shapes or ["576,4608,2048"]]
     if again:
         calibration.forget()
-    machine = Table("machine", "")
+    machine, fingerprint = Table("machine", ""), calibration.fingerprint()
     names = {"capability": "vector instructions", "bfloat16": "fast bfloat16", "int8": "fast int8"}
-    for name, value in calibration.fingerprint().items():
+    for name, value in fingerprint.items():
         machine.add_row(names.get(name, name), {True: "yes", False: "no", None: "none"}.get(value, str(value)))
     for name in ("reference", "cpu", "gpu"):
         machine.add_row(f"{name} kernels", why_not(name) or "ready")
@@ -59,7 +59,6 @@ def doctor(
                 plan = plan_of(name)
                 table.add_row(shape, purpose, str(plan), f"{time * 1e3:.1f}", "chosen" if plan == chosen else "")
     show(table)
-    fingerprint = calibration.fingerprint()
     if device.type == "cpu" and not (fingerprint["bfloat16"] or fingerprint["int8"]):
         say(
             "This processor multiplies bfloat16 and int8 slowly (no AMX, AVX512-BF16 or AVX512-VNNI), so plans without "

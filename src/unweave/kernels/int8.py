@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unweave.kernels.multiply import multiply
 from unweave.kernels.rows.reference import Quantised
 from unweave.kernels.threads import serial
 
@@ -93,7 +94,8 @@ class Int8Product:
         coarse = _coarse(rows)
         if len(coarse) > _MANY * len(x) or len(self._features) > _MANY * len(W):
             exact = self.W._replace(lost=torch.zeros_like(self.W.lost))
-            return Rough(out.copy_(x @ W.T), rows.norms, torch.zeros_like(rows.lost), exact)
+            out.copy_(multiply(x, W, lambda: place(x.dtype)))
+            return Rough(out, rows.norms, torch.zeros_like(rows.lost), exact)
         sums = torch.ops.aten._int_mm.out(rows.levels, self.W.levels.T, out=place(torch.int32))
         self._ops.dequantised(sums, rows.scales, self.W.scales, out)
         if len(coarse):

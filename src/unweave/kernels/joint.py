@@ -12,7 +12,7 @@ from unweave.kernels.int8 import Int8Product, Rough
 from unweave.kernels.multiply import multiply
 from unweave.kernels.pattern import Pattern
 from unweave.kernels.select import Exact, Rule, select
-from unweave.kernels.workspace import Plan, Shadow, Workspace
+from unweave.kernels.workspace import Buffers, Plan, Shadow, Workspace
 
 
 class JointProduct:
@@ -34,7 +34,7 @@ class JointProduct:
         self.slices = [slice(end - size, end) for end, size in zip(ends, sizes)]
         self._of: Tensor | None = None
         self._scores: Tensor | None = None
-        self._held: dict[torch.dtype, Tensor] = {}
+        self._buffers = Buffers()
         self._rows: Tensor | None = None
         self._norms: Tensor | None = None
         self._rough: Rough | None = None
@@ -73,10 +73,7 @@ class JointProduct:
 
     def _place(self, dtype: torch.dtype) -> Tensor:
         assert self._rows is not None
-        shape, held = (len(self._rows), len(self.W)), self._held.get(dtype)
-        if held is None or held.shape != shape:
-            held = self._held[dtype] = self.W.new_empty(shape, dtype=dtype)
-        return held
+        return self._buffers.take(len(self._rows), len(self.W), dtype, self.W.device)
 
     def forget_scores(self) -> None:
         """The weights have changed: the same rows have other scores now."""

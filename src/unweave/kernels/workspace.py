@@ -26,6 +26,7 @@ _IN_WORDS: dict[str, str] = {
     "int8_screen": "int8 screen",
     "bfloat16": "bfloat16",
 }
+# Errors of scores in 8 bits stay below five of their lengths: a wide margin to begin with, which is then learned.
 _SCREENS: dict[str, Callable[[], Screen]] = {"certified": CertifiedScreen, "int8_screen": lambda: Screen(6.0)}
 _CHUNK = 2048  # rows; a training batch of the usual size is one chunk
 
@@ -106,6 +107,23 @@ class Shadow:
         self.copy = None
 
 
+class Buffers:
+    """Memory for scores, one matrix of each type, used again and again.
+
+    Fresh memory costs a page fault for every 4 kB of scores: as much as the product itself.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def take(self, n: int, n_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``(n, n_features)``, contiguous; what the last one of this type held is gone."""
+        held = self._held.get(dtype)
+        if held is None or len(held) < n or held.shape[1] != n_features:
+            held = self._held[dtype] = torch.empty(n, n_features, dtype=dtype, device=device)
+        return held[:n]
+
+
 class Workspace:
     """Scores and shadows of one dictionary. Results depend on the plan alone, not on what is kept here.
 
@@ -126,7 +144,7 @@ class Workspace:
 
             self.screen = DeviceScreen(device)
         self.encoder, self.decoder = Shadow(), Shadow()
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffers = Buffers()
         self._last: tuple[Any, Any] = (None, None)  # the rows that were centred last, and their bfloat16 copy
 
     def forget(self) -> None:
@@ -194,7 +212,7 @@ class Workspace:
         self, rule: Rule, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, made: Int8Product | None
     ) -> tuple[Pattern, Tensor]:
         def place(dtype: torch.dtype) -> Tensor:
-            return self._buffer(len(x), len(W_enc), dtype, x.device)
+            return self._buffers.take(len(x), len(W_enc), dtype, x.device)
 
         exact = None
         if made is not None:
@@ -230,13 +248,6 @@ class Workspace:
         low = self.plan.scores in ("screen", "bfloat16")
         low = low or (self.plan.scores == "int8_screen" and backends.has_fast_bfloat16())
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if low else a @ b
-
-    def _buffer(self, n: int, n_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Fresh memory costs a page fault for every 4 kB of scores: as much as the product itself."""
-        held = self._buffers.get(dtype)
-        if held is None or len(held) < n or held.shape[1] != n_features:
-            held = self._buffers[dtype] = torch.empty(n, n_features, dtype=dtype, device=device)
-        return held[:n]
 
     def state_dict(self) -> dict[str, Any]:
         return self.screen.state_dict()
